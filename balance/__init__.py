@@ -1,0 +1,1 @@
+"""Decides, as pure data: who holds which blocks, in what order they move, what it costs."""

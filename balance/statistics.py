@@ -1,0 +1,126 @@
+"""What the plans of a step tell about the next batch: how tiles depend on distance and on offset.
+
+Attention patterns mix slashes (tiles at some distance from the query) and columns (keys at some offset
+in their document that many queries choose). So a step is summed up by a few vectors over distance,
+offset and depth, and a tile of the next batch is taken to be missed by both independently:
+
+    P(tile chosen) = 1 - missed_by_distance[distance] * missed_by_offset[offset]
+
+which is exact for slashes alone, for columns alone and for their union. Everything is counted in blocks:
+distance = query block - key block, offset = key block - first block, depth = query block - first block,
+where the first block is the first that the query block can see (of its earliest document).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+ROUNDS = 10  # of proportional fitting; the error of the marginals falls about tenfold in two rounds
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Sums over query blocks, batch rows, layers and ranks; only their ratios matter. float64 [n] each.
+
+    rows_by_depth: number of query blocks at each depth. chosen_by_distance, chosen_by_offset: chosen
+    visible tiles, averaged over heads. columns_by_depth: column work outside chosen tiles, averaged over
+    heads, in tiles (one column for one query block is 1 / block_size).
+    """
+
+    rows_by_depth: np.ndarray
+    chosen_by_distance: np.ndarray
+    chosen_by_offset: np.ndarray
+    columns_by_depth: np.ndarray
+
+    @staticmethod
+    def zeros(num_blocks: int) -> Statistics:
+        """Nothing seen yet."""
+        return Statistics.from_vector(np.zeros(4 * num_blocks))
+
+    @staticmethod
+    def from_vector(vector: np.ndarray) -> Statistics:
+        """The inverse of `to_vector`."""
+        return Statistics(*np.asarray(vector, dtype=np.float64).reshape(4, -1))
+
+    def to_vector(self) -> np.ndarray:
+        """float64 [4 * n]: what an all-reduce over the ranks (a plain sum) may combine."""
+        return np.concatenate([getattr(self, field.name) for field in fields(self)])
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics.from_vector(self.to_vector() + other.to_vector())
+
+
+def measure(
+    chosen: np.ndarray, columns: np.ndarray, query_blocks: np.ndarray, first_blocks: np.ndarray
+) -> Statistics:
+    """Statistics of one batch row of one plan; every line is one gather-free index-add on a device.
+
+    chosen: float [nq, num_blocks], share of heads that choose the tile. columns: float [nq], column work
+    of each query block in tiles. query_blocks: int [nq], logical ids. first_blocks: int [nq], the first
+    block each can see (larger than its own id: it sees nothing and is not counted).
+    """
+    num_blocks = chosen.shape[1]
+    keys = np.arange(num_blocks)
+    depth = query_blocks - first_blocks
+    seen = depth >= 0
+    distance, offset = query_blocks[:, None] - keys, keys - first_blocks[:, None]
+    visible = (distance >= 0) & (offset >= 0)
+    return Statistics(
+        np.bincount(depth[seen], minlength=num_blocks).astype(np.float64),
+        np.bincount(distance[visible], chosen[visible], num_blocks),
+        np.bincount(offset[visible], chosen[visible], num_blocks),
+        np.bincount(depth[seen], columns[seen], num_blocks),
+    )
+
+
+def missed_shares(statistics: Statistics, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """(missed_by_distance, missed_by_offset), float64 [num_blocks] each, fitted to the statistics.
+
+    Both marginals are matched by proportional fitting over the tiles that were visible; since every
+    query block sees all blocks back to its first, rows_by_depth says how many tiles there were at each
+    (distance, offset). Distances and offsets beyond those seen go on like the far half of those seen.
+    """
+    rows = statistics.rows_by_depth
+    visible = rows[::-1].cumsum()[::-1]  # tiles at each distance, and as many at each offset
+    missed_at_distance = np.maximum(visible - statistics.chosen_by_distance, 0)
+    missed_at_offset = np.maximum(visible - statistics.chosen_by_offset, 0)
+    by_offset = np.ones(len(rows))
+    for _ in range(ROUNDS):
+        by_distance = _ratio(missed_at_distance, _pair_sums(rows, by_offset))
+        by_offset = _ratio(missed_at_offset, _pair_sums(rows, by_distance))
+    scale = (by_offset * visible).sum() / visible.sum() or 1.0
+    return (
+        _extend(by_distance * scale, visible, num_blocks),
+        _extend(by_offset / scale, visible, num_blocks),
+    )
+
+
+def columns_at_depth(statistics: Statistics, depth: np.ndarray) -> np.ndarray:
+    """float64, shape of depth: expected column work in tiles of a query block at each depth >= 0."""
+    seen = np.flatnonzero(statistics.rows_by_depth)
+    return np.interp(depth, seen, statistics.columns_by_depth[seen] / statistics.rows_by_depth[seen])
+
+
+def _pair_sums(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """For each x the sum over y of rows[x + y] * weights[y]. An FFT of numpy's own, hence repeatable."""
+    size = 2 * len(rows)
+    spectrum = np.fft.rfft(rows, size) * np.fft.rfft(weights, size).conj()
+    return np.fft.irfft(spectrum, size)[: len(rows)]
+
+
+def _ratio(missed: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """missed / expected, 1 where nothing is expected (up to the rounding of the FFT)."""
+    known = expected > 1e-9 * expected.max()
+    return np.where(known, missed / np.where(known, expected, 1), 1.0)
+
+
+def _extend(share: np.ndarray, visible: np.ndarray, num_blocks: int) -> np.ndarray:
+    """[num_blocks]: the shares that were seen, then the mean of their far half."""
+    seen = np.flatnonzero(visible)[-1] + 1
+    far = slice(seen // 2, seen)
+    result = np.full(num_blocks, (share[far] * visible[far]).sum() / visible[far].sum())
+    known = min(seen, num_blocks)
+    result[:known] = share[:known]
+    return result

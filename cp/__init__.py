@@ -1,0 +1,1 @@
+"""Executes across ranks: transports, ring attention, distributed estimate, ContextParallel."""

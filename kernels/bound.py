@@ -1,0 +1,161 @@
+"""BoundPlan: a plan tied to physical memory, as the lists of tiles that kernels walk.
+
+Keys arrive from `sources` (the ranks of a ring, or one source on a single device), each holding some
+blocks in some order. The tiles of a query block are sorted by source, full tiles before partial ones, so
+the work against one source is a slice of the list and nothing is rebuilt between ring steps. The
+transposed lists serve dK and dV. Everything is built on the device without host synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .geometry import FULL, Geometry
+from .plan import Plan, columns_of_rows
+
+
+@dataclass(frozen=True)
+class BoundPlan:
+    """Lists of a plan for R sources of at most n blocks each; M = held query blocks.
+
+    row_ptr: int32 [B*Hm*M*R + 1]; the tiles of (b, head, row, source), flattened in this order to x, are
+        row_tiles[row_ptr[x] : row_ptr[x + 1]], the first row_full[x] of them full, the rest partial.
+    row_tiles: int32 [capacity], slot of the key block inside its source, ascending in each run.
+    key_ptr, key_full, key_tiles: the transpose; x = (b, head, source, slot), entries are rows.
+    key_base: int32 [R * n], logical position of the first token of each slot.
+    lo, hi, prefix_lo, prefix_hi: int32 [B, M * block_size], visible intervals in physical order.
+    columns, column_group: as in the plan; column_begin, column_end: int32 [B, Hc, M], the range of its
+        group's columns that a row can possibly see.
+    """
+
+    plan: Plan
+    num_sources: int
+    blocks_per_source: int
+    row_ptr: Tensor
+    row_full: Tensor
+    row_tiles: Tensor
+    key_ptr: Tensor
+    key_full: Tensor
+    key_tiles: Tensor
+    key_base: Tensor
+    lo: Tensor
+    hi: Tensor
+    prefix_lo: Tensor | None
+    prefix_hi: Tensor | None
+    column_begin: Tensor | None
+    column_end: Tensor | None
+
+    @property
+    def block_size(self) -> int:
+        return self.plan.geometry.block_size
+
+    @property
+    def mask_heads(self) -> int:
+        return self.plan.mask_heads
+
+    @property
+    def rows(self) -> int:
+        return len(self.plan.geometry.blocks)
+
+    @property
+    def tiles(self) -> Tensor:
+        return self.plan.tiles
+
+    @property
+    def columns(self) -> Tensor | None:
+        return self.plan.columns
+
+    @property
+    def column_group(self) -> Tensor | None:
+        return self.plan.column_group
+
+    @cached_property
+    def work(self) -> Tensor:
+        """float64 [M, R]: tiles of each row against each source, mean over mask heads, summed over B."""
+        counts = (self.row_ptr[1:] - self.row_ptr[:-1]).view(-1, self.mask_heads, self.rows, self.num_sources)
+        return counts.double().mean(1).sum(0)
+
+
+def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
+    """Ties a plan to sources: key_blocks[s] lists the logical blocks that source s holds, in order."""
+    geometry = plan.geometry
+    size = geometry.block_size
+    sources, width = len(key_blocks), max(1, max(map(len, key_blocks)))
+    physical = geometry.memo(("slots", key_blocks), lambda: _slots(geometry, key_blocks, width))
+    capacity = plan.mask_heads * geometry.num_visible_tiles
+    if capacity >= 2**31:
+        raise ValueError(
+            f"a plan of {plan.mask_heads} mask heads may hold {capacity} tiles, more than the 2^31 of "
+            "int32 lists; share the mask between heads or use more ranks"
+        )
+    held, ids = physical >= 0, physical.clamp(min=0)
+    chosen = plan.tiles_bool()[..., ids] & held  # [B, Hm, M, R * n], physical key order
+    full = (geometry.tile_class == FULL)[:, None][..., ids] & chosen
+    chosen, full = (x.unflatten(3, (sources, width)) for x in (chosen, full))
+    row_ptr, row_full, row_tiles = _lists(chosen, full, capacity)
+    transposed = (x.permute(0, 1, 3, 4, 2) for x in (chosen, full))
+    key_ptr, key_full, key_tiles = _lists(*transposed, capacity)
+    intervals = [bound for pair in geometry.intervals for bound in pair]
+    lo, hi, prefix_lo, prefix_hi = (intervals + [None, None])[:4]
+    begin, end = _column_ranges(plan) if plan.columns is not None else (None, None)
+    return BoundPlan(
+        plan=plan,
+        num_sources=sources,
+        blocks_per_source=width,
+        row_ptr=row_ptr,
+        row_full=row_full,
+        row_tiles=row_tiles,
+        key_ptr=key_ptr,
+        key_full=key_full,
+        key_tiles=key_tiles,
+        key_base=(ids * size).int(),
+        lo=lo,
+        hi=hi,
+        prefix_lo=prefix_lo,
+        prefix_hi=prefix_hi,
+        column_begin=begin,
+        column_end=end,
+    )
+
+
+def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...], width: int) -> Tensor:
+    """int64 [R * n]: the logical block in each slot, -1 where a source holds fewer than n."""
+    if sorted(sum(key_blocks, ())) != list(range(geometry.num_blocks)):
+        raise ValueError(
+            f"sources hold {sum(map(len, key_blocks))} blocks, the plan covers {geometry.num_blocks}; "
+            "every key block must be held by exactly one source"
+        )
+    slots = [block for held in key_blocks for block in (*held, *[-1] * (width - len(held)))]
+    return torch.tensor(slots, dtype=torch.int64, device=geometry.device)
+
+
+def _lists(chosen: Tensor, full: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """CSR over the last dim of bool [..., n]: pointers, number of full entries, entries (full first)."""
+    n = chosen.shape[-1]
+    chosen, full = chosen.reshape(-1, n), full.reshape(-1, n)
+    rank_full, rank_all = full.cumsum(1, dtype=torch.int32), chosen.cumsum(1, dtype=torch.int32)
+    num_full, count = rank_full[:, -1], rank_all[:, -1]
+    pointer = torch.nn.functional.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
+    rank = torch.where(full, rank_full - 1, num_full[:, None] + (rank_all - rank_full) - 1)
+    place = torch.where(chosen, pointer[:-1, None] + rank, capacity)  # one dump slot at the end
+    entries = torch.zeros(capacity + 1, dtype=torch.int32, device=chosen.device)
+    values = torch.arange(n, dtype=torch.int32, device=chosen.device).expand(chosen.shape[0], n)
+    entries.scatter_(0, place.flatten().long(), values.flatten())
+    return pointer, num_full.contiguous(), entries
+
+
+def _column_ranges(plan: Plan) -> tuple[Tensor, Tensor]:
+    """int32 [B, Hc, M] twice: first and one-past-last column that some query of a row may see."""
+    size = plan.geometry.block_size
+    lows, highs = zip(*plan.geometry.intervals, strict=True)
+    low = torch.stack(lows).amin(0).unflatten(1, (-1, size)).amin(2)
+    high = torch.stack(highs).amax(0).unflatten(1, (-1, size)).amax(2)
+    columns = columns_of_rows(plan.columns, plan.column_group, low.shape[1]).contiguous()
+    low, high = (x[:, None, :, None].expand(-1, columns.shape[1], -1, 1).contiguous() for x in (low, high))
+    begin = torch.searchsorted(columns, low, out_int32=True)
+    end = torch.searchsorted(columns, high, right=True, out_int32=True)
+    return begin[..., 0], end[..., 0]

@@ -1,0 +1,219 @@
+"""Geometry: which keys every query may see, and which blocks of the sequence are held here.
+
+A mask is written as at most two visible intervals per query, in logical token positions: the main one
+`[lo, hi]` and an optional prefix. Causal, document, sliding-window, prefix-LM and full masks are all of
+this form, and it does not care in which order blocks lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Documents = tuple[tuple[tuple[int, int], ...], ...]  # per batch row: (start, end) of each document
+
+EMPTY, FULL, PARTIAL = 0, 1, 2  # values of Geometry.tile_class
+_CHUNK = 2**24  # elements of temporaries in visible_elements
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Visible intervals of a batch and the blocks held here. Positions are logical tokens.
+
+    block_size: tokens in a block.
+    num_tokens: padded length N, a multiple of block_size.
+    documents: per batch row the (start, end) ranges of its documents; tokens outside are padding.
+    lo, hi: int32 [B, N], inclusive; a query that sees nothing has lo = N and hi = -1.
+    prefix_lo, prefix_hi: int32 [B, N] or None, a second interval disjoint from the first.
+    blocks: logical ids of the blocks held here, in physical order; queries and keys alike.
+    """
+
+    block_size: int
+    num_tokens: int
+    documents: Documents
+    lo: Tensor
+    hi: Tensor
+    blocks: tuple[int, ...]
+    prefix_lo: Tensor | None = None
+    prefix_hi: Tensor | None = None
+
+    @staticmethod
+    def causal(
+        batch: int,
+        length: int,
+        block_size: int = 128,
+        documents: Documents | None = None,
+        blocks: tuple[int, ...] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Geometry:
+        """Causal attention inside each document; one document of `length` tokens by default."""
+        check_length(length, block_size)
+        documents = documents or (((0, length),),) * batch
+        check_documents(documents, batch, length)
+        lo = torch.full((batch, length), length, dtype=torch.int32)
+        hi = torch.full((batch, length), -1, dtype=torch.int32)
+        for row, ranges in enumerate(documents):
+            for start, end in ranges:
+                lo[row, start:end] = start
+                hi[row, start:end] = torch.arange(start, end, dtype=torch.int32)
+        return Geometry.from_intervals(
+            lo.to(device), hi.to(device), block_size, documents=documents, blocks=blocks
+        )
+
+    @staticmethod
+    def from_intervals(
+        lo: Tensor,
+        hi: Tensor,
+        block_size: int = 128,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        documents: Documents | None = None,
+        blocks: tuple[int, ...] | None = None,
+    ) -> Geometry:
+        """Geometry of any mask given as inclusive int intervals [B, S]; pads S up to whole blocks."""
+        if lo.shape != hi.shape or lo.dim() != 2:
+            raise ValueError(f"lo and hi must both be [batch, length], got {lo.shape}, {hi.shape}")
+        batch, length = lo.shape
+        check_length(length, block_size)
+        num_tokens = -(-length // block_size) * block_size
+        lo, hi = _normalise(lo, hi, num_tokens)
+        prefix_lo = prefix_hi = None
+        if prefix is not None:
+            # Disjoint intervals let elements be counted by addition.
+            overlap = torch.where(lo <= hi, lo - 1, num_tokens)
+            clipped = torch.minimum(prefix[1].int(), overlap[:, :length])
+            prefix_lo, prefix_hi = _normalise(prefix[0], clipped, num_tokens)
+        return Geometry(
+            block_size=block_size,
+            num_tokens=num_tokens,
+            documents=documents or (((0, length),),) * batch,
+            lo=lo,
+            hi=hi,
+            blocks=tuple(range(num_tokens // block_size)) if blocks is None else tuple(blocks),
+            prefix_lo=prefix_lo,
+            prefix_hi=prefix_hi,
+        )
+
+    def select(self, blocks: tuple[int, ...]) -> Geometry:
+        """The same mask, seen by a holder of other blocks."""
+        return replace(self, blocks=tuple(blocks))
+
+    def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """build() of the first call with this key: tables made once per batch, not once per layer."""
+        cache = self.__dict__.setdefault("_memo", {})
+        if key not in cache:
+            cache[key] = build()
+        return cache[key]
+
+    @property
+    def batch(self) -> int:
+        return self.lo.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_tokens // self.block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.lo.device
+
+    @cached_property
+    def block_ids(self) -> Tensor:
+        """int64 [held blocks], on the device of the intervals."""
+        return torch.tensor(self.blocks, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [held tokens]: logical position of every token held here, in physical order."""
+        inside = torch.arange(self.block_size, device=self.device)
+        return (self.block_ids[:, None] * self.block_size + inside).flatten()
+
+    @cached_property
+    def intervals(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """One or two pairs of int32 [B, held tokens]: intervals of the queries held here."""
+        pairs = [(self.lo, self.hi)]
+        if self.prefix_lo is not None:
+            pairs.append((self.prefix_lo, self.prefix_hi))
+        return tuple(
+            (low[:, self.positions].contiguous(), high[:, self.positions].contiguous()) for low, high in pairs
+        )
+
+    @cached_property
+    def tile_class(self) -> Tensor:
+        """int8 [B, held blocks, num_blocks]: EMPTY (invisible), FULL (no mask needed) or PARTIAL."""
+        first = torch.arange(self.num_blocks, device=self.device) * self.block_size
+        last = first + self.block_size - 1
+        empty = torch.ones((), dtype=torch.bool, device=self.device)
+        full = torch.zeros((), dtype=torch.bool, device=self.device)
+        for lo, hi in self.intervals:
+            lo = lo.unflatten(1, (-1, self.block_size))
+            hi = hi.unflatten(1, (-1, self.block_size))
+            seen = (first <= hi.amax(2)[..., None]) & (last >= lo.amin(2)[..., None])
+            covered = (first >= lo.amax(2)[..., None]) & (last <= hi.amin(2)[..., None])
+            empty, full = empty & ~seen, full | covered
+        return torch.where(empty, EMPTY, torch.where(full, FULL, PARTIAL)).to(torch.int8)
+
+    @cached_property
+    def visible_elements(self) -> Tensor:
+        """int32 [B, held blocks, num_blocks]: how many (query, key) pairs of a tile are visible."""
+        first = torch.arange(self.num_blocks, device=self.device, dtype=torch.int32)
+        first = first * self.block_size
+        last = first + self.block_size - 1
+        step = max(1, _CHUNK // (self.batch * self.block_size * self.num_blocks))
+        chunks = []
+        for start in range(0, max(1, len(self.blocks)), step):
+            count = torch.zeros((), dtype=torch.int32, device=self.device)
+            for lo, hi in self.intervals:
+                lo = lo.unflatten(1, (-1, self.block_size))[:, start : start + step, :, None]
+                hi = hi.unflatten(1, (-1, self.block_size))[:, start : start + step, :, None]
+                width = torch.minimum(hi, last) - torch.maximum(lo, first) + 1
+                count = count + width.clamp_(min=0).sum(2, dtype=torch.int32)
+            chunks.append(count)
+        return torch.cat(chunks, 1)
+
+    @cached_property
+    def num_visible_tiles(self) -> int:
+        """Tiles that a dense plan holds here, over the batch. Synchronises; call it at set-up."""
+        return int((self.tile_class != EMPTY).sum())
+
+    def visible(self, keys: Tensor) -> Tensor:
+        """bool [B, held tokens, K]: whether each query held here sees logical key positions [K]."""
+        seen = [(lo[..., None] <= keys) & (keys <= hi[..., None]) for lo, hi in self.intervals]
+        return seen[0] if len(seen) == 1 else seen[0] | seen[1]
+
+
+def _normalise(lo: Tensor, hi: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Empty intervals become (N, -1), the tail is padded with empty ones."""
+    lo, hi = lo.int().clamp(min=0), hi.int()
+    empty = lo > hi
+    lo, hi = lo.masked_fill(empty, num_tokens), hi.masked_fill(empty, -1)
+    tail = (0, num_tokens - lo.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(lo, tail, value=num_tokens), pad(hi, tail, value=-1)
+
+
+def check_length(length: int, block_size: int) -> None:
+    """ValueError unless there is at least one token and the block size is a power of two >= 16."""
+    if length < 1:
+        raise ValueError(f"sequence length is {length}; attention needs at least 1 token")
+    if block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"block_size {block_size} must be a power of two of at least 16; use 128")
+
+
+def check_documents(documents: Documents, batch: int, length: int) -> None:
+    """ValueError unless every row's documents are non-empty, ascending, disjoint and inside."""
+    if len(documents) != batch:
+        raise ValueError(f"documents of {len(documents)} rows for a batch of {batch}; give one tuple a row")
+    for row, ranges in enumerate(documents):
+        last = 0
+        for start, end in ranges:
+            if not last <= start < end <= length:
+                raise ValueError(
+                    f"document ({start}, {end}) of row {row} is empty, overlaps or leaves the {length} "
+                    "tokens; documents are ascending (start, end) ranges with start < end"
+                )
+            last = end

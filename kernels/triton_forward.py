@@ -1,0 +1,447 @@
+"""Portable Triton forward: one program per query tile walks its row's list of key blocks.
+
+Full tiles come first in every list and need no mask; partial tiles compare key positions with the visible
+intervals of the queries; columns have a kernel of their own. The running maximum is kept in base 2 inside
+a kernel, the carried lse is natural. Shapes are those of reference.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bound import BoundPlan
+
+INTERPRET = bool(triton.knobs.runtime.interpret)  # kernels below are bound to it by this import
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# The interpreter keeps the program id in a global: ranks that run as threads take turns.
+_ONE_AT_A_TIME = threading.Lock() if INTERPRET else nullcontext()
+
+
+class Config(NamedTuple):
+    """Queries and keys of one tile in a kernel, warps and software pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# (kernel, padded head dim, bytes an element); measured on H200, see benchmarks/kernels.py --sweep.
+CONFIGS = {
+    ("forward", 64, 2): Config(128, 64, 4, 3),
+    ("forward", 128, 2): Config(128, 128, 8, 3),
+    ("forward", 256, 2): Config(128, 64, 8, 2),
+    ("forward_columns", 64, 2): Config(128, 64, 4, 3),
+    ("forward_columns", 128, 2): Config(128, 64, 8, 3),
+    ("forward_columns", 256, 2): Config(128, 32, 8, 2),
+    ("dq", 64, 2): Config(128, 64, 4, 3),
+    ("dq", 128, 2): Config(128, 64, 8, 3),
+    ("dq", 256, 2): Config(64, 32, 4, 2),
+    ("dq_columns", 64, 2): Config(128, 64, 8, 3),
+    ("dq_columns", 128, 2): Config(128, 64, 8, 3),
+    ("dq_columns", 256, 2): Config(64, 32, 4, 2),
+    ("dkv", 64, 2): Config(64, 128, 8, 3),
+    ("dkv", 128, 2): Config(64, 128, 8, 2),
+    ("dkv", 256, 2): Config(32, 64, 8, 2),
+    ("dkv_columns", 64, 2): Config(64, 64, 4, 3),
+    ("dkv_columns", 128, 2): Config(64, 64, 8, 2),
+    ("dkv_columns", 256, 2): Config(32, 64, 8, 2),
+}
+_FP32 = {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+
+
+@lru_cache(maxsize=256)
+def config(kernel: str, dim: int, itemsize: int, block_size: int, device: torch.device) -> Config:
+    """The configuration of a kernel, cut down to the block size and the device's shared memory."""
+    padded = max(64, triton.next_power_of_2(dim))
+    if itemsize == 2:
+        queries, keys, warps, stages = CONFIGS[kernel, padded, itemsize]
+    else:
+        queries, keys, warps, stages = _FP32[padded]
+    if INTERPRET:
+        queries = keys = 128
+    queries, keys = min(queries, block_size), min(keys, block_size)
+    if max(queries, keys) < 128:
+        warps = 4
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        held, streamed = (2 * keys, 2 * queries) if "dkv" in kernel else (2 * queries, 2 * keys)
+        while stages > 1 and (held + stages * streamed) * padded * itemsize > limit:
+            stages -= 1
+    return Config(queries, keys, warps, stages)
+
+
+def launch(kernel, programs: int, tensor: Tensor, arguments: tuple, **meta) -> None:
+    """Runs `programs` programs of a kernel on the device of `tensor`."""
+    if programs == 0:
+        return
+    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with _ONE_AT_A_TIME, on_device:
+        kernel[(programs,)](*arguments, **meta)
+
+
+def check(scale: float, inputs: tuple[Tensor, ...], accumulators: tuple[Tensor, ...]) -> None:
+    """Errors for what these kernels cannot do."""
+    q = inputs[0]
+    if q.dtype == torch.float64 and not INTERPRET:
+        raise NotImplementedError("impl='triton' has no fp64; use impl='reference'")
+    if not q.is_cuda and not INTERPRET:
+        raise ValueError(f"impl='triton' needs CUDA tensors, got {q.device}; use impl='reference'")
+    if not 1 <= q.shape[3] <= 256:
+        raise NotImplementedError(
+            f"impl='triton' has head dims up to 256, got {q.shape[3]}; use impl='reference'"
+        )
+    if not scale > 0:
+        raise ValueError(f"impl='triton' needs a scale > 0, got {scale}; use impl='reference'")
+    for x in accumulators:
+        if not x.is_contiguous():
+            raise ValueError(
+                f"accumulators are updated in place and must be contiguous, got strides {x.stride()} "
+                f"for shape {tuple(x.shape)}; allocate them with torch.zeros"
+            )
+
+
+def options(kernel: str, q: Tensor, bound: BoundPlan) -> tuple[Config, dict]:
+    """Configuration and the compile-time arguments that all kernels share."""
+    dim = q.shape[3]
+    chosen = config(kernel, dim, q.element_size(), bound.block_size, q.device)
+    return chosen, dict(
+        BLOCK=bound.block_size,
+        QUERIES=chosen.queries,
+        KEYS=chosen.keys,
+        DIM=dim,
+        WIDTH=max(16, triton.next_power_of_2(dim)),
+        PREFIX=bound.prefix_lo is not None,
+        TYPE=_compute_type(q.dtype),
+        PRECISION="tf32" if q.element_size() == 2 else "ieee",  # no effect on 16-bit operands
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+
+
+def _compute_type(dtype: torch.dtype) -> tl.dtype:
+    if dtype == torch.bfloat16:
+        return tl.float32 if INTERPRET else tl.bfloat16  # the interpreter cannot multiply bf16
+    return {torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}[dtype]
+
+
+def intervals(bound: BoundPlan) -> tuple[Tensor, ...]:
+    """lo, hi and the prefix interval, or stand-ins for it that PREFIX=False leaves unread."""
+    if bound.prefix_lo is None:
+        return bound.lo, bound.hi, bound.lo, bound.hi
+    return bound.lo, bound.hi, bound.prefix_lo, bound.prefix_hi
+
+
+def column_lists(bound: BoundPlan) -> tuple[Tensor, ...]:
+    """Columns, their group per row (or a stand-in), and the range that each row can see."""
+    group = bound.column_begin if bound.column_group is None else bound.column_group
+    return bound.tiles, bound.columns, group, bound.column_begin, bound.column_end
+
+
+def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float) -> None:
+    """Continues the carried normalised `out` and natural-log `lse` with the tiles of one source."""
+    check(scale, (q, k, v), (out, lse))
+    batch, heads, _, _ = q.shape
+    chosen, meta = options("forward", q, bound)
+    arguments = (q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
+    arguments += (bound.row_ptr, bound.row_full, bound.row_tiles, bound.key_base, *intervals(bound))
+    arguments += (scale, source, bound.num_sources, source * bound.blocks_per_source)
+    launch(
+        _forward,
+        batch * heads * bound.rows * (bound.block_size // chosen.queries),
+        q,
+        (*arguments, bound.rows, k.shape[2]),
+        HEADS=heads,
+        KV_HEADS=k.shape[1],
+        MASK_HEADS=bound.mask_heads,
+        **meta,
+    )
+
+
+def forward_columns(q, ck, cv, bound: BoundPlan, out, lse, scale: float) -> None:
+    """Continues `out` and `lse` with the columns; a column inside a chosen tile is skipped."""
+    check(scale, (q, ck, cv), (out, lse))
+    batch, heads, _, _ = q.shape
+    groups, count = bound.columns.shape[2:]
+    if count == 0:
+        return
+    chosen, meta = options("forward_columns", q, bound)
+    arguments = (q.contiguous(), ck.contiguous(), cv.contiguous(), out, lse, *column_lists(bound))
+    launch(
+        _forward_columns,
+        batch * heads * bound.rows * (bound.block_size // chosen.queries),
+        q,
+        (*arguments, *intervals(bound), scale, bound.rows, groups, count, bound.tiles.shape[3]),
+        HEADS=heads,
+        KV_HEADS=ck.shape[1],
+        MASK_HEADS=bound.mask_heads,
+        COLUMN_HEADS=bound.columns.shape[1],
+        GROUPED=bound.column_group is not None,
+        **meta,
+    )
+
+
+@triton.jit
+def rows_of(pointer, first, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
+    """[COUNT, WIDTH]: consecutive rows of a [tokens, DIM] matrix, zeros beyond DIM."""
+    dims = tl.arange(0, WIDTH)
+    places = pointer + (first + tl.arange(0, COUNT))[:, None] * DIM + dims[None, :]
+    if DIM == WIDTH:
+        return tl.load(places).to(TYPE)
+    else:
+        return tl.load(places, mask=dims[None, :] < DIM, other=0.0).to(TYPE)
+
+
+@triton.jit
+def some_rows_of(
+    pointer, first, last, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr
+):
+    """The same with zeros from row `last` on."""
+    dims, rows = tl.arange(0, WIDTH), first + tl.arange(0, COUNT)
+    kept = (rows < last)[:, None]
+    if DIM != WIDTH:
+        kept = kept & (dims < DIM)[None, :]
+    return tl.load(pointer + rows[:, None] * DIM + dims[None, :], mask=kept, other=0.0).to(TYPE)
+
+
+@triton.jit
+def query_program(
+    rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr
+):
+    """(batch, query head, row, first token) of this program.
+
+    The query heads of one key head run side by side and share its keys in cache; last rows, the longest
+    ones under a causal mask, come first.
+    """
+    parts = rows * (BLOCK // QUERIES)
+    pid = tl.program_id(0)
+    member = pid % (HEADS // KV_HEADS)
+    rest = pid // (HEADS // KV_HEADS)
+    part = parts - 1 - rest % parts
+    rest = rest // parts
+    head = (rest % KV_HEADS) * (HEADS // KV_HEADS) + member
+    return rest // KV_HEADS, head, part // (BLOCK // QUERIES), part * QUERIES
+
+
+@triton.jit
+def visible(position, lo, hi, prefix_lo, prefix_hi, PREFIX: tl.constexpr):
+    """Whether queries see key positions; the arguments broadcast."""
+    seen = (position >= lo) & (position <= hi)
+    if PREFIX:
+        seen = seen | ((position >= prefix_lo) & (position <= prefix_hi))
+    return seen
+
+
+@triton.jit
+def outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
+    """Whether the tile of each key position is absent from a row of the bitmask; False where not kept."""
+    block = position // BLOCK
+    word = tl.load(tiles + block // 32, mask=kept, other=-1)
+    return kept & (((word >> (block % 32)) & 1) == 0)
+
+
+@triton.jit
+def _accumulate(q, k, v, seen, scale, peak, total, acc, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax over one tile. peak is in base 2; -inf, with total 0, as long as nothing was seen."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    shift = new_peak
+    if MASKED:
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(peak - shift)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(
+        weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION, out_dtype=acc.dtype
+    )
+    return new_peak, total, acc
+
+
+@triton.jit
+def _resume(out, lse, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """peak, total, acc from the carried state; rows that have seen nothing are not read."""
+    dims = tl.arange(0, WIDTH)
+    peak = tl.load(lse + places)
+    started = peak != float("-inf")
+    acc = tl.load(
+        out + places[:, None] * DIM + dims[None, :],
+        mask=started[:, None] & (dims < DIM)[None, :],
+        other=0.0,
+    )
+    return peak * LOG2E, tl.where(started, 1.0, 0.0).to(acc.dtype), acc
+
+
+@triton.jit
+def _finish(out, lse, places, peak, total, acc, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    dims = tl.arange(0, WIDTH)
+    total = tl.where(total == 0.0, 1.0, total)  # peak is -inf there
+    tl.store(lse + places, (peak + tl.log2(total)) * LN2)
+    tl.store(
+        out + places[:, None] * DIM + dims[None, :], acc / total[:, None], mask=(dims < DIM)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["source", "num_sources", "first_slot", "rows"])
+def _forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    row_ptr,
+    row_full,
+    row_tiles,
+    key_base,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale,
+    source,
+    num_sources,
+    first_slot,
+    rows,
+    key_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
+    x = ((batch * MASK_HEADS + head * MASK_HEADS // HEADS) * rows + row) * num_sources + source
+    begin, end = tl.load(row_ptr + x), tl.load(row_ptr + x + 1)
+    if begin == end:
+        return
+    full = tl.load(row_full + x)
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
+    q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
+    k, v = k + key_offset, v + key_offset
+    places = token + tl.arange(0, QUERIES)
+    queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
+    peak, total, acc = _resume(out, lse, places, DIM, WIDTH)
+    scale = scale * LOG2E
+    # The next entry is read one iteration ahead, so that the loads of keys do not wait for it.
+    # Lists have one readable entry past their end.
+    SPLIT: tl.constexpr = BLOCK // KEYS
+    entry = row_tiles + begin
+    slot = tl.load(entry)
+    for i in range(0, full * SPLIT):
+        first = slot * BLOCK + (i % SPLIT) * KEYS
+        slot = tl.load(entry + (i + 1) // SPLIT)
+        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        peak, total, acc = _accumulate(
+            queries, keys, values, None, scale, peak, total, acc, False, PRECISION
+        )
+    interval = batch.to(tl.int64) * rows * BLOCK + places
+    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
+    prefix_low, prefix_high = low, high
+    if PREFIX:
+        prefix_low = tl.load(prefix_lo + interval)[:, None]
+        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    for i in range(full * SPLIT, (end - begin) * SPLIT):
+        first = slot * BLOCK + (i % SPLIT) * KEYS
+        position = tl.load(key_base + first_slot + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
+        slot = tl.load(entry + (i + 1) // SPLIT)
+        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
+        peak, total, acc = _accumulate(
+            queries, keys, values, seen, scale, peak, total, acc, True, PRECISION
+        )
+    _finish(out, lse, places, peak, total, acc, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
+def _forward_columns(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    tiles,
+    columns,
+    column_group,
+    column_begin,
+    column_end,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale,
+    rows,
+    groups,
+    count,
+    words,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    COLUMN_HEADS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
+    column_head = batch * COLUMN_HEADS + head * COLUMN_HEADS // HEADS
+    begin = tl.load(column_begin + column_head * rows + row)
+    end = tl.load(column_end + column_head * rows + row)
+    if begin >= end:
+        return
+    group = 0
+    if GROUPED:
+        group = tl.load(column_group + row)
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
+    key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
+    q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
+    k, v = k + key_offset, v + key_offset
+    columns = columns + (column_head.to(tl.int64) * groups + group) * count
+    mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
+    tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
+    places = token + tl.arange(0, QUERIES)
+    queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
+    interval = batch.to(tl.int64) * rows * BLOCK + places
+    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
+    prefix_low, prefix_high = low, high
+    if PREFIX:
+        prefix_low = tl.load(prefix_lo + interval)[:, None]
+        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    peak, total, acc = _resume(out, lse, places, DIM, WIDTH)
+    scale = scale * LOG2E
+    for first in range(begin, end, KEYS):
+        index = first + tl.arange(0, KEYS)
+        position = tl.load(columns + index, mask=index < end, other=0)
+        keys = some_rows_of(k, first, end, KEYS, DIM, WIDTH, TYPE)
+        values = some_rows_of(v, first, end, KEYS, DIM, WIDTH, TYPE)
+        kept = outside_tiles(tiles, position, index < end, BLOCK)
+        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
+        peak, total, acc = _accumulate(
+            queries, keys, values, seen & kept[None, :], scale, peak, total, acc, True, PRECISION
+        )
+    _finish(out, lse, places, peak, total, acc, DIM, WIDTH)

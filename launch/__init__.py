@@ -1,0 +1,1 @@
+"""Starts jobs: configuration, data, checkpoints, metrics, reports and the command line."""
