@@ -1,45 +1,66 @@
 """Work: what a batch is expected to cost, and how a layout spreads it over ranks and ring steps.
 
-The unit is one tile. Where a function takes `tiles`, `tiles[i]` is the work of query block i with the key
-blocks 0, 1, ..., as many as the row has entries (the rest is 0). A [num_blocks, num_blocks] array is
-that, and so is `ExpectedTiles`, which makes its rows when asked: at a million tokens the array would take
-a quarter of a gigabyte.
+The unit is one tile. Where a function takes `tiles`, it takes the work of each (query block, key block)
+pair as an array [num_blocks, num_blocks], or `ExpectedTiles`, which makes the rows one by one: at a
+million tokens the array would take a quarter of a gigabyte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .layout import Layout
-from .statistics import Statistics, columns_at_depth, missed_shares
+from .statistics import Statistics, columns_at_depth, missed_shares, tiles_at_depth
 
 Documents = Sequence[Sequence[tuple[int, int]]]  # for each batch row the token ranges [start, end)
-ROWS = 2048  # query blocks that one estimate looks at; of longer sequences evenly spaced ones
 
 
 @dataclass(frozen=True, eq=False)
 class ExpectedTiles:
-    """Expected work of every tile of a batch, summed over its rows: `tiles[query block]`.
+    """Expected work of every tile of a batch, summed over its rows.
 
-    first: int [B, num_blocks], see `first_blocks`. missed_by_distance, missed_by_offset: float32
-    [num_blocks]; their product is the share of heads that do not choose a tile.
+    first: int [B, num_blocks], see `first_blocks`. missed_by_distance, missed_by_offset: [num_blocks],
+    float32; their product, at most 1, is the share of heads expected not to choose a visible tile.
     """
 
     first: np.ndarray
     missed_by_distance: np.ndarray
     missed_by_offset: np.ndarray
 
-    def __getitem__(self, block: int) -> np.ndarray:
-        """float32 [block + 1]: work with the key blocks up to the diagonal; later ones are invisible."""
-        row = np.zeros(block + 1, dtype=np.float32)
-        for first in self.first[:, block].tolist():
-            visible = max(block + 1 - first, 0)
-            missed = self.missed_by_distance[:visible][::-1] * self.missed_by_offset[:visible]
-            row[first:] += 1 - np.minimum(missed, 1)
-        return row
+    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """For each query block the first key block that it sees and the work from there to the diagonal."""
+        backwards = self.missed_by_distance[::-1].copy()  # along a row the distance falls
+        end = len(backwards)
+
+        def work(length: int) -> np.ndarray:
+            missed = backwards[end - length :] * self.missed_by_offset[:length]
+            return np.subtract(1, np.minimum(missed, 1, out=missed), out=missed)
+
+        for block, firsts in enumerate(np.sort(self.first, axis=0).T.tolist()):
+            row, *others = (work(block + 1 - first) for first in firsts)
+            for other in others:
+                row[len(row) - len(other) :] += other
+            yield firsts[0], row
+
+    def sums(self) -> np.ndarray:
+        """float64 [num_blocks]: total tile work of each query block."""
+        depth = np.arange(self.first.shape[1]) - self.first
+        shares = (self.missed_by_distance, self.missed_by_offset)
+        at_depth = tiles_at_depth(*(share.astype(np.float64) for share in shares))
+        return np.where(depth >= 0, at_depth[depth], 0).sum(0)
+
+    def dense(self) -> np.ndarray:
+        """float32 [num_blocks, num_blocks]."""
+        result = np.zeros((self.first.shape[1],) * 2, dtype=np.float32)
+        for block, (first, row) in enumerate(self.rows()):
+            result[block, first : block + 1] = row
+        return result
+
+
+Tiles = np.ndarray | ExpectedTiles
 
 
 def first_blocks(documents: Documents, num_blocks: int, block_size: int) -> np.ndarray:
@@ -51,6 +72,11 @@ def first_blocks(documents: Documents, num_blocks: int, block_size: int) -> np.n
     first = np.tile(np.arange(1, num_blocks + 1), (len(documents), 1))
     for row, ranges in zip(first, documents, strict=True):
         for start, end in ranges:
+            if not 0 <= start < end <= num_blocks * block_size:
+                raise ValueError(
+                    f"document ({start}, {end}) is empty or not inside the {num_blocks * block_size} "
+                    f"tokens of the sequence; give non-empty ranges of padded positions"
+                )
             held = row[start // block_size : -(-end // block_size)]
             np.minimum(held, start // block_size, out=held)
     return first
@@ -82,31 +108,26 @@ def expected_columns(
     return np.where(depth >= 0, columns_at_depth(statistics, depth), 0.0).sum(0)
 
 
-def block_work(tiles: Sequence[np.ndarray], columns: np.ndarray) -> np.ndarray:
-    """float64 [num_blocks]: total work of each query block, interpolated between those looked at."""
-    blocks = np.arange(len(columns))
-    seen = blocks[:: _stride(len(columns))]
-    return np.interp(blocks, seen, [tiles[i].sum(dtype=np.float64) for i in seen.tolist()]) + columns
+def block_work(tiles: Tiles, columns: np.ndarray) -> np.ndarray:
+    """float64 [num_blocks]: total work of each query block. columns: see `work_matrices`."""
+    if isinstance(tiles, ExpectedTiles):
+        return tiles.sums() + columns
+    return tiles.sum(1, dtype=np.float64) + columns
 
 
-def work_matrix(layout: Layout, tiles: Sequence[np.ndarray], columns: np.ndarray) -> np.ndarray:
-    """Work of every rank in every step of a ring, float64 [W, W + 1] in tiles.
+def work_matrices(layouts: Sequence[Layout], tiles: Tiles, columns: np.ndarray) -> list[np.ndarray]:
+    """For each layout the work of every rank in every step of a ring, float64 [W, W + 1] in tiles.
 
     Step t < W computes with the keys of rank - t; the last entry is the column work ([num_blocks], by
-    query block), which needs no travelling keys and is done after the ring. Exact up to 2048 blocks.
+    query block), which needs no travelling keys and is done after the ring.
     """
-    stride = _stride(layout.num_blocks)
-    by_key = np.zeros((layout.world, layout.num_blocks), dtype=np.float32)
-    for total, blocks in zip(by_key, layout.assignment, strict=True):
-        for block in blocks[::stride]:
-            row = tiles[block]
-            total[: len(row)] += row
-        total *= len(blocks) / max(len(blocks[::stride]), 1)
-    ranks = np.arange(layout.world)
-    held = [list(blocks) for blocks in layout.assignment]
-    by_source = np.stack([by_key[:, blocks].sum(1, dtype=np.float64) for blocks in held], axis=1)
-    steps = by_source[ranks[:, None], (ranks[:, None] - ranks) % layout.world]
-    return np.column_stack([steps, [columns[blocks].sum() for blocks in held]])
+    by_key = [np.zeros((layout.world, len(columns)), dtype=np.float32) for layout in layouts]
+    owners = zip(*(layout.source_of_block.tolist() for layout in layouts), strict=True)
+    rows = tiles.rows() if isinstance(tiles, ExpectedTiles) else ((0, row) for row in tiles)
+    for (first, row), ranks in zip(rows, owners, strict=True):
+        for total, rank in zip(by_key, ranks, strict=True):
+            total[rank, first : first + len(row)] += row
+    return [_in_ring_order(*each, columns) for each in zip(layouts, by_key, strict=True)]
 
 
 def worker_imbalance(work: np.ndarray) -> float:
@@ -120,5 +141,10 @@ def step_imbalance(work: np.ndarray) -> float:
     return float(work.max(0).sum() / work.mean(0).sum()) if work.any() else 1.0
 
 
-def _stride(num_blocks: int) -> int:
-    return -(-num_blocks // ROWS)
+def _in_ring_order(layout: Layout, by_key: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """[W, W + 1] from the work of each rank with each key block, by_key [W, num_blocks]."""
+    ranks = np.arange(layout.world)
+    held = [list(blocks) for blocks in layout.assignment]
+    by_source = np.stack([by_key[:, blocks].sum(1, dtype=np.float64) for blocks in held], axis=1)
+    steps = by_source[ranks[:, None], (ranks[:, None] - ranks) % layout.world]
+    return np.column_stack([steps, [columns[blocks].sum() for blocks in held]])

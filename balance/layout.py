@@ -82,7 +82,6 @@ class Layout:
         blocks = starts[self.source_of_block] + self.slot_of_block
         return (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()
 
-    @cached_property
     def digest(self) -> int:
         """Stable 63-bit hash of block size and assignment, by which ranks prove that they agree."""
         text = repr((self.block_size, self.assignment)).encode()
@@ -128,18 +127,12 @@ def striped(num_blocks: int, world: int, block_size: int, stripe: int = 1) -> La
     if stripe < 1:
         raise ValueError(f"stripe is {stripe} blocks; it must be at least 1")
     width = stripe * world
-    rounds = [
-        _cut(start, min(start + width, num_blocks), world) for start in range(0, num_blocks, width)
-    ]
+    rounds = [_cut(start, min(start + width, num_blocks), world) for start in range(0, num_blocks, width)]
     assignment = tuple(sum((cut[rank] for cut in rounds), ()) for rank in range(world))
-    return Layout(
-        block_size, num_blocks, assignment, "striped" if stripe == 1 else f"striped({stripe})"
-    )
+    return Layout(block_size, num_blocks, assignment, "striped" if stripe == 1 else f"striped({stripe})")
 
 
-def from_assignment(
-    assignment: Sequence[Sequence[int]], block_size: int, name: str = "custom"
-) -> Layout:
+def from_assignment(assignment: Sequence[Sequence[int]], block_size: int, name: str = "custom") -> Layout:
     """Any layout: the logical block ids of each rank in physical order; counts may differ, or be 0.
 
     Raises ValueError unless the ids are a permutation of 0..n-1.

@@ -7,7 +7,6 @@ ordered sums; no BLAS).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,18 +14,19 @@ import numpy as np
 
 from .cost import (
     Documents,
+    Tiles,
     block_work,
     expected_columns,
     expected_tiles,
     step_imbalance,
-    work_matrix,
+    work_matrices,
     worker_imbalance,
 )
 from .layout import Layout, contiguous, from_assignment, named, striped, zigzag
 from .statistics import Statistics
 
 SWITCH = 1.03  # another layout must be predicted this much faster to replace the one in use
-LOCALITY = 1e-3  # share of the time by which needing every other rank's keys makes a layout dearer
+LOCALITY = 1e-3  # how much dearer work with the keys of other ranks is
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class PlannerState:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A layout and its work, float64 [W, W + 1] in tiles as `work_matrix` gives it."""
+    """A layout and its work, float64 [W, W + 1] in tiles as `work_matrices` gives it."""
 
     layout: Layout
     work: np.ndarray
 
     @property
     def time(self) -> float:
-        """Predicted time in tiles: the slowest rank of each step, summed.
+        """Predicted time in tiles: the slowest rank of each step, summed over steps.
 
-        The share of (rank, other rank) pairs between which keys are needed adds up to 0.1 %, so that
-        among equals the layout with the least to move wins.
+        The share of the work that needs the keys of other ranks adds up to 0.1 %: among equals the
+        layout with the least to move wins.
         """
-        world = self.layout.world
-        remote = np.count_nonzero(self.work[:, 1:world]) / max(world * (world - 1), 1)
-        return float(self.work.max(0).sum()) * (1 + LOCALITY * remote)
+        total = self.work.sum()
+        remote = self.work[:, 1:-1].sum() / total if total else 0.0
+        return float(self.work.max(0).sum() * (1 + LOCALITY * remote))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Decision:
 
 
 def candidates(
-    num_blocks: int, world: int, block_size: int, tiles: Sequence[np.ndarray], columns: np.ndarray
+    num_blocks: int, world: int, block_size: int, tiles: Tiles, columns: np.ndarray
 ) -> tuple[Candidate, ...]:
     """The layouts that the planner weighs, with their work.
 
@@ -105,7 +105,8 @@ def candidates(
         striped(num_blocks, world, block_size, 4),
         work_sorted(block_work(tiles, columns), world, block_size),
     ]
-    return tuple(Candidate(layout, work_matrix(layout, tiles, columns)) for layout in layouts)
+    work = work_matrices(layouts, tiles, columns)
+    return tuple(map(Candidate, layouts, work))
 
 
 def work_sorted(by_block: np.ndarray, world: int, block_size: int) -> Layout:
@@ -122,7 +123,7 @@ def work_sorted(by_block: np.ndarray, world: int, block_size: int) -> Layout:
 
 
 def choose(
-    tiles: Sequence[np.ndarray],
+    tiles: Tiles,
     columns: np.ndarray,
     world: int,
     block_size: int,

@@ -49,12 +49,13 @@ class Schedule:
 
     name: str
     rank: int
+    world: int
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
 
     def __str__(self) -> str:
         """Readable text, one line a step."""
-        lines = [f"{self.name}, rank {self.rank} of {len(self.forward)}"]
+        lines = [f"{self.name}, rank {self.rank} of {self.world}"]
         for phase, steps in (("forward", self.forward), ("backward", self.backward)):
             lines += [f"  {phase} {number}: {_line(step)}" for number, step in enumerate(steps)]
         return "\n".join(lines)
@@ -72,6 +73,7 @@ def ring(rank: int, world: int) -> Schedule:
     return Schedule(
         "ring",
         rank,
+        world,
         forward=tuple(_ring_step(rank, world, step, False) for step in range(world)),
         backward=tuple(_ring_step(rank, world, step, True) for step in range(world)),
     )

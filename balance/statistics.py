@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 ROUNDS = 10  # of proportional fitting; the error of the marginals falls about tenfold in two rounds
+PRIOR = 0.01  # tiles added to both sides of an offset's share, as a share of its visible tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Statistics:
 def measure(
     chosen: np.ndarray, columns: np.ndarray, query_blocks: np.ndarray, first_blocks: np.ndarray
 ) -> Statistics:
-    """Statistics of one batch row of one plan; every line is one gather-free index-add on a device.
+    """Statistics of one batch row of one plan; on a device each field is one index_add.
 
     chosen: float [nq, num_blocks], share of heads that choose the tile. columns: float [nq], column work
     of each query block in tiles. query_blocks: int [nq], logical ids. first_blocks: int [nq], the first
@@ -80,21 +81,31 @@ def missed_shares(statistics: Statistics, num_blocks: int) -> tuple[np.ndarray, 
 
     Both marginals are matched by proportional fitting over the tiles that were visible; since every
     query block sees all blocks back to its first, rows_by_depth says how many tiles there were at each
-    (distance, offset). Distances and offsets beyond those seen go on like the far half of those seen.
+    (distance, offset). What distance can explain is left to it: a small prior pulls offsets to 1.
+    Distances and offsets beyond those seen go on like the far half of those seen. The shares are rounded,
+    so that the last bits of an FFT never decide anything.
     """
-    rows = statistics.rows_by_depth
+    seen = np.flatnonzero(statistics.rows_by_depth)[-1] + 1
+    rows = statistics.rows_by_depth[:seen]
     visible = rows[::-1].cumsum()[::-1]  # tiles at each distance, and as many at each offset
-    missed_at_distance = np.maximum(visible - statistics.chosen_by_distance, 0)
-    missed_at_offset = np.maximum(visible - statistics.chosen_by_offset, 0)
-    by_offset = np.ones(len(rows))
+    missed_at_distance = np.maximum(visible - statistics.chosen_by_distance[:seen], 0)
+    missed_at_offset = np.maximum(visible - statistics.chosen_by_offset[:seen], 0)
+    prior = PRIOR * visible
+    by_offset = np.ones(seen)
     for _ in range(ROUNDS):
-        by_distance = _ratio(missed_at_distance, _pair_sums(rows, by_offset))
-        by_offset = _ratio(missed_at_offset, _pair_sums(rows, by_distance))
-    scale = (by_offset * visible).sum() / visible.sum() or 1.0
+        by_distance = missed_at_distance / _pair_sums(rows, by_offset)
+        by_offset = (missed_at_offset + prior) / (_pair_sums(rows, by_distance) + prior)
+    scale = np.average(by_offset, weights=visible)
     return (
         _extend(by_distance * scale, visible, num_blocks),
         _extend(by_offset / scale, visible, num_blocks),
     )
+
+
+def tiles_at_depth(missed_by_distance: np.ndarray, missed_by_offset: np.ndarray) -> np.ndarray:
+    """float64 [num_blocks]: expected tiles of a query block at each depth, from `missed_shares`."""
+    missed = _pair_sums(missed_by_distance[::-1], missed_by_offset)[::-1]
+    return np.arange(1, len(missed) + 1) - missed
 
 
 def columns_at_depth(statistics: Statistics, depth: np.ndarray) -> np.ndarray:
@@ -104,23 +115,14 @@ def columns_at_depth(statistics: Statistics, depth: np.ndarray) -> np.ndarray:
 
 
 def _pair_sums(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """For each x the sum over y of rows[x + y] * weights[y]. An FFT of numpy's own, hence repeatable."""
+    """For each x the sum over y of rows[x + y] * weights[y]."""
     size = 2 * len(rows)
     spectrum = np.fft.rfft(rows, size) * np.fft.rfft(weights, size).conj()
     return np.fft.irfft(spectrum, size)[: len(rows)]
 
 
-def _ratio(missed: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """missed / expected, 1 where nothing is expected (up to the rounding of the FFT)."""
-    known = expected > 1e-9 * expected.max()
-    return np.where(known, missed / np.where(known, expected, 1), 1.0)
-
-
 def _extend(share: np.ndarray, visible: np.ndarray, num_blocks: int) -> np.ndarray:
     """[num_blocks]: the shares that were seen, then the mean of their far half."""
-    seen = np.flatnonzero(visible)[-1] + 1
-    far = slice(seen // 2, seen)
-    result = np.full(num_blocks, (share[far] * visible[far]).sum() / visible[far].sum())
-    known = min(seen, num_blocks)
-    result[:known] = share[:known]
-    return result
+    far = slice(len(share) // 2, None)
+    beyond = np.average(share[far], weights=visible[far])
+    return np.append(share, np.full(max(num_blocks - len(share), 0), beyond))[:num_blocks].round(6)

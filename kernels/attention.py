@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bound import BoundPlan, bind
 from .columns import gather_columns, scatter_columns
+from .geometry import Geometry
 from .plan import Plan
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
@@ -39,7 +40,8 @@ def attend(
     of another width than key heads.
     """
     geometry = plan.geometry
-    check_inputs(q, k, v, plan)
+    check_inputs(q, k, v, geometry)
+    check_mask_heads(plan, q.shape[1], k.shape[1])
     if geometry.blocks != tuple(range(geometry.num_blocks)):
         raise ValueError(
             f"the plan holds {len(geometry.blocks)} of {geometry.num_blocks} blocks or another order; "
@@ -67,15 +69,16 @@ class _Attend(torch.autograd.Function):
         if bound.columns is not None:
             ck, cv = gather_columns(k, bound.plan), gather_columns(v, bound.plan)
             impl.forward_columns(q, ck, cv, bound, out, lse, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.bound, ctx.scale, ctx.impl = bound, scale, impl
+        ctx.bound, lists = bound.split()
+        ctx.save_for_backward(q, k, v, out, lse, *lists)
+        ctx.scale, ctx.impl = scale, impl
         return out.to(q.dtype), lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        bound, scale, impl = ctx.bound, ctx.scale, ctx.impl
+        q, k, v, out, lse, *lists = ctx.saved_tensors
+        bound, scale, impl = ctx.bound.join(lists), ctx.scale, ctx.impl
         dout = dout.contiguous()
         delta = output_delta(out, dout, dlse)
         dq, dk, dv = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
@@ -116,8 +119,8 @@ def steps(impl: str, x: Tensor) -> ModuleType:
     return importlib.import_module(f".{impl}" if impl == "reference" else ".triton_steps", __package__)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    """Shapes, dtypes and devices of q, k, v against each other and against the plan."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> None:
+    """Shapes, dtypes and devices of q, k, v against each other and the geometry."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(
             f"q and k must be [batch, heads, sequence, head_dim], got {q.dim()} and {k.dim()} dims"
@@ -139,12 +142,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be one of fp16, bf16, fp32, fp64"
         )
-    if not (q.device == k.device == v.device == plan.tiles.device):
+    if not (q.device == k.device == v.device == geometry.device):
         raise ValueError(
-            f"q, k, v, plan are on {q.device}, {k.device}, {v.device}, {plan.tiles.device}; use one device"
+            f"q, k, v, geometry are on {q.device}, {k.device}, {v.device}, {geometry.device}; use one device"
         )
-    if q.shape[0] != plan.geometry.batch:
-        raise ValueError(f"batch {q.shape[0]} of q differs from batch {plan.geometry.batch} of the plan")
+    if q.shape[0] != geometry.batch:
+        raise ValueError(f"batch {q.shape[0]} of q differs from batch {geometry.batch} of the plan")
+
+
+def check_mask_heads(plan: Plan, heads: int, kv_heads: int) -> None:
+    """Masks of a plan must be shared by all heads, by the queries of a key head, or by none."""
     masks = [plan.mask_heads] + ([] if plan.columns is None else [plan.columns.shape[1]])
     for mask_heads in masks:
         if mask_heads not in (1, kv_heads, heads):

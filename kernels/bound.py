@@ -8,7 +8,7 @@ transposed lists serve dK and dV. Everything is built on the device without host
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .geometry import FULL, Geometry
 from .plan import Plan, columns_of_rows
+
+LISTS = ("row_ptr", "row_full", "row_tiles", "key_ptr", "key_full", "key_tiles")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ class BoundPlan:
     @property
     def column_group(self) -> Tensor | None:
         return self.plan.column_group
+
+    def split(self) -> tuple[BoundPlan, tuple[Tensor, ...]]:
+        """The plan without its lists, and the lists: what autograd saves, drops and recomputes."""
+        return replace(self, **dict.fromkeys(LISTS)), tuple(getattr(self, name) for name in LISTS)
+
+    def join(self, lists: tuple[Tensor, ...]) -> BoundPlan:
+        """The inverse of `split`."""
+        return replace(self, **dict(zip(LISTS, lists, strict=True)))
 
     @cached_property
     def work(self) -> Tensor:

@@ -102,6 +102,26 @@ class Geometry:
         """The same mask, seen by a holder of other blocks."""
         return replace(self, blocks=tuple(blocks))
 
+    def pad_to(self, num_tokens: int) -> Geometry:
+        """The same mask with padding at the end up to num_tokens; all blocks are held."""
+        tail = (0, num_tokens - self.num_tokens)
+        pad = torch.nn.functional.pad
+        bounds = {
+            name: pad(getattr(self, name), tail, value=value)
+            for name, value in dict(lo=num_tokens, hi=-1, prefix_lo=num_tokens, prefix_hi=-1).items()
+            if getattr(self, name) is not None
+        }
+        for low, high in (("lo", "hi"), ("prefix_lo", "prefix_hi")):
+            if low in bounds:  # queries that see nothing say so by the new length
+                bounds[low] = bounds[low].masked_fill(bounds[low] > bounds[high], num_tokens)
+        blocks = tuple(range(num_tokens // self.block_size))
+        return replace(self, num_tokens=num_tokens, blocks=blocks, **bounds)
+
+    def to(self, device: torch.device | str) -> Geometry:
+        """The same geometry with its intervals on a device."""
+        names = [n for n in ("lo", "hi", "prefix_lo", "prefix_hi") if getattr(self, n) is not None]
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """build() of the first call with this key: tables made once per batch, not once per layer."""
         cache = self.__dict__.setdefault("_memo", {})

@@ -41,10 +41,10 @@ CONFIGS = {
     ("forward", 64, 2): Config(128, 64, 4, 3),
     ("forward", 128, 2): Config(128, 128, 8, 3),
     ("forward", 256, 2): Config(128, 64, 8, 2),
-    ("forward_columns", 64, 2): Config(128, 64, 4, 3),
+    ("forward_columns", 64, 2): Config(128, 64, 8, 3),
     ("forward_columns", 128, 2): Config(128, 64, 8, 3),
     ("forward_columns", 256, 2): Config(128, 32, 8, 2),
-    ("dq", 64, 2): Config(128, 64, 4, 3),
+    ("dq", 64, 2): Config(128, 64, 8, 3),
     ("dq", 128, 2): Config(128, 64, 8, 3),
     ("dq", 256, 2): Config(64, 32, 4, 2),
     ("dq_columns", 64, 2): Config(128, 64, 8, 3),
@@ -70,9 +70,8 @@ def config(kernel: str, dim: int, itemsize: int, block_size: int, device: torch.
         queries, keys, warps, stages = _FP32[padded]
     if INTERPRET:
         queries = keys = 128
-    queries, keys = min(queries, block_size), min(keys, block_size)
-    if max(queries, keys) < 128:
-        warps = 4
+    if max(queries, keys) > block_size:
+        queries, keys, warps = min(queries, block_size), min(keys, block_size), 4
     if device.type == "cuda":
         limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         held, streamed = (2 * keys, 2 * queries) if "dkv" in kernel else (2 * queries, 2 * keys)
@@ -142,12 +141,6 @@ def intervals(bound: BoundPlan) -> tuple[Tensor, ...]:
     return bound.lo, bound.hi, bound.prefix_lo, bound.prefix_hi
 
 
-def column_lists(bound: BoundPlan) -> tuple[Tensor, ...]:
-    """Columns, their group per row (or a stand-in), and the range that each row can see."""
-    group = bound.column_begin if bound.column_group is None else bound.column_group
-    return bound.tiles, bound.columns, group, bound.column_begin, bound.column_end
-
-
 def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float) -> None:
     """Continues the carried normalised `out` and natural-log `lse` with the tiles of one source."""
     check(scale, (q, k, v), (out, lse))
@@ -155,7 +148,7 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float)
     chosen, meta = options("forward", q, bound)
     arguments = (q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
     arguments += (bound.row_ptr, bound.row_full, bound.row_tiles, bound.key_base, *intervals(bound))
-    arguments += (scale, source, bound.num_sources, source * bound.blocks_per_source)
+    arguments += (scale * LOG2E.value, source, bound.num_sources, source * bound.blocks_per_source)
     launch(
         _forward,
         batch * heads * bound.rows * (bound.block_size // chosen.queries),
@@ -168,50 +161,16 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float)
     )
 
 
-def forward_columns(q, ck, cv, bound: BoundPlan, out, lse, scale: float) -> None:
-    """Continues `out` and `lse` with the columns; a column inside a chosen tile is skipped."""
-    check(scale, (q, ck, cv), (out, lse))
-    batch, heads, _, _ = q.shape
-    groups, count = bound.columns.shape[2:]
-    if count == 0:
-        return
-    chosen, meta = options("forward_columns", q, bound)
-    arguments = (q.contiguous(), ck.contiguous(), cv.contiguous(), out, lse, *column_lists(bound))
-    launch(
-        _forward_columns,
-        batch * heads * bound.rows * (bound.block_size // chosen.queries),
-        q,
-        (*arguments, *intervals(bound), scale, bound.rows, groups, count, bound.tiles.shape[3]),
-        HEADS=heads,
-        KV_HEADS=ck.shape[1],
-        MASK_HEADS=bound.mask_heads,
-        COLUMN_HEADS=bound.columns.shape[1],
-        GROUPED=bound.column_group is not None,
-        **meta,
-    )
-
-
 @triton.jit
 def rows_of(pointer, first, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
     """[COUNT, WIDTH]: consecutive rows of a [tokens, DIM] matrix, zeros beyond DIM."""
     dims = tl.arange(0, WIDTH)
-    places = pointer + (first + tl.arange(0, COUNT))[:, None] * DIM + dims[None, :]
+    inside = tl.arange(0, COUNT)[:, None] * DIM + dims[None, :]  # the same in every iteration
+    places = pointer + first.to(tl.int64) * DIM + inside
     if DIM == WIDTH:
         return tl.load(places).to(TYPE)
     else:
         return tl.load(places, mask=dims[None, :] < DIM, other=0.0).to(TYPE)
-
-
-@triton.jit
-def some_rows_of(
-    pointer, first, last, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr
-):
-    """The same with zeros from row `last` on."""
-    dims, rows = tl.arange(0, WIDTH), first + tl.arange(0, COUNT)
-    kept = (rows < last)[:, None]
-    if DIM != WIDTH:
-        kept = kept & (dims < DIM)[None, :]
-    return tl.load(pointer + rows[:, None] * DIM + dims[None, :], mask=kept, other=0.0).to(TYPE)
 
 
 @triton.jit
@@ -243,16 +202,8 @@ def visible(position, lo, hi, prefix_lo, prefix_hi, PREFIX: tl.constexpr):
 
 
 @triton.jit
-def outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
-    """Whether the tile of each key position is absent from a row of the bitmask; False where not kept."""
-    block = position // BLOCK
-    word = tl.load(tiles + block // 32, mask=kept, other=-1)
-    return kept & (((word >> (block % 32)) & 1) == 0)
-
-
-@triton.jit
-def _accumulate(q, k, v, seen, scale, peak, total, acc, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Online softmax over one tile. peak is in base 2; -inf, with total 0, as long as nothing was seen."""
+def accumulate(q, k, v, seen, scale, peak, total, acc, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax over one tile, in base 2; peak is -inf and total 0 until something was seen."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
@@ -263,14 +214,12 @@ def _accumulate(q, k, v, seen, scale, peak, total, acc, MASKED: tl.constexpr, PR
     weights = tl.exp2(scores * scale - shift[:, None])
     decay = tl.exp2(peak - shift)
     total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(
-        weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION, out_dtype=acc.dtype
-    )
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return new_peak, total, acc
 
 
 @triton.jit
-def _resume(out, lse, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def resume(out, lse, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """peak, total, acc from the carried state; rows that have seen nothing are not read."""
     dims = tl.arange(0, WIDTH)
     peak = tl.load(lse + places)
@@ -284,13 +233,11 @@ def _resume(out, lse, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _finish(out, lse, places, peak, total, acc, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def finish(out, lse, places, peak, total, acc, DIM: tl.constexpr, WIDTH: tl.constexpr):
     dims = tl.arange(0, WIDTH)
     total = tl.where(total == 0.0, 1.0, total)  # peak is -inf there
     tl.store(lse + places, (peak + tl.log2(total)) * LN2)
-    tl.store(
-        out + places[:, None] * DIM + dims[None, :], acc / total[:, None], mask=(dims < DIM)[None, :]
-    )
+    tl.store(out + places[:, None] * DIM + dims[None, :], acc / total[:, None], mask=(dims < DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["source", "num_sources", "first_slot", "rows"])
@@ -338,8 +285,7 @@ def _forward(
     k, v = k + key_offset, v + key_offset
     places = token + tl.arange(0, QUERIES)
     queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
-    peak, total, acc = _resume(out, lse, places, DIM, WIDTH)
-    scale = scale * LOG2E
+    peak, total, acc = resume(out, lse, places, DIM, WIDTH)
     # The next entry is read one iteration ahead, so that the loads of keys do not wait for it.
     # Lists have one readable entry past their end.
     SPLIT: tl.constexpr = BLOCK // KEYS
@@ -350,9 +296,7 @@ def _forward(
         slot = tl.load(entry + (i + 1) // SPLIT)
         keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
         values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
-        peak, total, acc = _accumulate(
-            queries, keys, values, None, scale, peak, total, acc, False, PRECISION
-        )
+        peak, total, acc = accumulate(queries, keys, values, None, scale, peak, total, acc, False, PRECISION)
     interval = batch.to(tl.int64) * rows * BLOCK + places
     low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
     prefix_low, prefix_high = low, high
@@ -366,82 +310,5 @@ def _forward(
         keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
         values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
-        peak, total, acc = _accumulate(
-            queries, keys, values, seen, scale, peak, total, acc, True, PRECISION
-        )
-    _finish(out, lse, places, peak, total, acc, DIM, WIDTH)
-
-
-@triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
-def _forward_columns(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    tiles,
-    columns,
-    column_group,
-    column_begin,
-    column_end,
-    lo,
-    hi,
-    prefix_lo,
-    prefix_hi,
-    scale,
-    rows,
-    groups,
-    count,
-    words,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
-    COLUMN_HEADS: tl.constexpr,
-    GROUPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PREFIX: tl.constexpr,
-    TYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
-    column_head = batch * COLUMN_HEADS + head * COLUMN_HEADS // HEADS
-    begin = tl.load(column_begin + column_head * rows + row)
-    end = tl.load(column_end + column_head * rows + row)
-    if begin >= end:
-        return
-    group = 0
-    if GROUPED:
-        group = tl.load(column_group + row)
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
-    key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
-    key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
-    q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
-    k, v = k + key_offset, v + key_offset
-    columns = columns + (column_head.to(tl.int64) * groups + group) * count
-    mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
-    tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
-    places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
-    interval = batch.to(tl.int64) * rows * BLOCK + places
-    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
-    prefix_low, prefix_high = low, high
-    if PREFIX:
-        prefix_low = tl.load(prefix_lo + interval)[:, None]
-        prefix_high = tl.load(prefix_hi + interval)[:, None]
-    peak, total, acc = _resume(out, lse, places, DIM, WIDTH)
-    scale = scale * LOG2E
-    for first in range(begin, end, KEYS):
-        index = first + tl.arange(0, KEYS)
-        position = tl.load(columns + index, mask=index < end, other=0)
-        keys = some_rows_of(k, first, end, KEYS, DIM, WIDTH, TYPE)
-        values = some_rows_of(v, first, end, KEYS, DIM, WIDTH, TYPE)
-        kept = outside_tiles(tiles, position, index < end, BLOCK)
-        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
-        peak, total, acc = _accumulate(
-            queries, keys, values, seen & kept[None, :], scale, peak, total, acc, True, PRECISION
-        )
-    _finish(out, lse, places, peak, total, acc, DIM, WIDTH)
+        peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
+    finish(out, lse, places, peak, total, acc, DIM, WIDTH)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 FORMAT = 1
@@ -45,7 +46,7 @@ def save_checkpoint(root: Path, step: int, state: dict[str, Any], keep: int = 2)
     rest = {}
     for key, value in state.items():
         tensors: dict[str, torch.Tensor] = {}
-        rest[key] = _split(value, key, tensors)
+        rest[key] = _split(value, "", tensors)
         if tensors:
             save_file(tensors, folder / f"{key}.safetensors")
     _write_json(folder / "state.json", {"step": step, "state": rest})
@@ -73,26 +74,33 @@ def load_checkpoint(root: Path) -> tuple[int, dict[str, Any]]:
             raise CheckpointError(f"{path}: missing, but in the manifest")
         if (found := _fingerprint(path)) != expected:
             raise CheckpointError(f"{path}: damaged: it has {found}, the manifest says {expected}")
-    tensors: dict[str, torch.Tensor] = {}
-    for name in files:
-        if name.endswith(".safetensors"):
-            tensors |= load_file(folder / name)
     saved = _read(folder / "state.json", json.loads)
-    return saved["step"], _join(saved["state"], tensors)
+    state = {}
+    for key, value in saved["state"].items():
+        name = f"{key}.safetensors"
+        try:
+            state[key] = _join(value, load_file(folder / name) if name in files else {})
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{folder / name}: {error}") from error
+    return saved["step"], state
 
 
 def _split(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON, its tensors moved to `tensors` under their paths."""
+    """`value` as JSON, its tensors moved to `tensors` under their paths, such as "layer.0.weight"."""
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
-        return {_TENSOR: path}
+        name = path or "tensor"
+        if name in tensors:
+            raise ValueError(f"two tensors are called {name!r}; keys with dots must not collide")
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: name}
+    prefix = f"{path}." if path else ""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"{path}: key {key!r} is not a string")
-        return {key: _split(item, f"{path}.{key}", tensors) for key, item in value.items()}
+                raise TypeError(f"{prefix}{key!r}: this key is not a string")
+        return {key: _split(item, prefix + key, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_split(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        return [_split(item, f"{prefix}{i}", tensors) for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{path}: {type(value).__name__} is neither a tensor nor JSON")

@@ -23,7 +23,7 @@ class TrainConfig:
     data: str | None = None  # Text file or folder; default: the sources of Python's standard library.
     out: str = "runs/quickstart"  # Folder of metrics, checkpoints, summary.json and report.png.
     seed: int = 0  # Of the initial weights and the order of the data.
-    resume: bool = False  # Continue from the newest checkpoint in `out`.
+    resume: bool = False  # Continue from the newest checkpoint in `out`, if there is one.
     device: str = "auto"  # auto | cpu | cuda
 
     seq_len: int = 8192  # Tokens in one packed sequence, over all ranks.
@@ -85,6 +85,11 @@ class TrainConfig:
             )
         if not self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} is a share: it must be at most 1.0")
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` (from 0): every `save_every`, and at the end."""
+        done = step + 1
+        return self.save_every > 0 and (done % self.save_every == 0 or done == self.steps)
 
     def differences(self, saved: dict) -> list[str]:
         """What forbids resuming from a checkpoint of settings `saved`, one line each."""

@@ -43,8 +43,3 @@ def build_model(config: TrainConfig, device: torch.device) -> LlamaForCausalLM:
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(llama_config(config))
     return model.to(device=device, dtype=getattr(torch, config.dtype)).train()
-
-
-def num_parameters(model: torch.nn.Module) -> int:
-    """Parameters, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..balance import step_imbalance, worker_imbalance
 from .metrics import read_metrics
 
 INK, MUTED, GRID = "#22252b", "#737985", "#e3e6eb"
 CURVES = {
-    "train": ("sparse", "#1f6feb", 2.2),
+    "train": (None, "#1f6feb", 2.2),
     "dense": ("dense", INK, 1.4),
     "local": ("one-block window", "#e8590c", 1.4),
 }
@@ -26,8 +27,9 @@ CURVES = {
 def write_report(run_dir: str | Path) -> Path:
     """Draw `report.png` from the `metrics.jsonl` and `summary.json` of `run_dir`; returns its path.
 
-    Rows used: "train", "dense", "local" (loss), "layers" (density and recall: one number per layer)
-    and "work" (layout, chosen, work: [[rank x ring step]]), of which those of the last step count.
+    Rows used: "train", "dense", "local" (loss), "layers" (density, recall: a number for each layer)
+    and "work" (layout, chosen, work: [[rank x ring step]], where one step more than there are ranks is
+    that of the columns), of which those of the last step count.
     """
     run_dir = Path(run_dir)
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -44,7 +46,7 @@ def write_report(run_dir: str | Path) -> Path:
         figure = Figure(figsize=(13, 8 if work else 4.4), layout="constrained")
         top, *below = figure.subfigures(2, 1, height_ratios=(1.15, 1)) if work else (figure,)
         loss, density, recall = top.subplots(1, 3, width_ratios=(1.5, 1, 1))
-        _draw_loss(loss, rows)
+        _draw_loss(loss, rows, summary.get("pattern", "sparse"))
         _draw_layers(density, layers, "density", "density per layer")
         _draw_layers(recall, layers, "recall", "recall per layer")
         if work:
@@ -52,14 +54,6 @@ def write_report(run_dir: str | Path) -> Path:
         figure.suptitle(_title(summary), color=MUTED, fontsize=10, x=0.012, ha="left")
         figure.savefig(run_dir / "report.png", dpi=130)
     return run_dir / "report.png"
-
-
-def imbalance(work: np.ndarray) -> tuple[float, float]:
-    """(worker imbalance, step imbalance) of a work matrix [rank, ring step]; 1 is perfect."""
-    total, means = work.sum(axis=1), work.mean(axis=0)
-    if total.sum() == 0:
-        return 1.0, 1.0
-    return float(total.max() / total.mean()), float(work.max(axis=0).sum() / means.sum())
 
 
 def _style() -> dict[str, Any]:
@@ -93,8 +87,9 @@ def _title(summary: dict[str, Any]) -> str:
     return "   ".join(parts)
 
 
-def _draw_loss(axes: Axes, rows: dict[str, list[dict[str, Any]]]) -> None:
+def _draw_loss(axes: Axes, rows: dict[str, list[dict[str, Any]]], pattern: str) -> None:
     for kind, (label, color, width) in CURVES.items():
+        label = label or pattern
         if kind in rows:
             steps = [row["step"] + 1 for row in rows[kind]]
             loss = [row["loss"] for row in rows[kind]]
@@ -114,7 +109,9 @@ def _draw_layers(axes: Axes, rows: list[dict[str, Any]], name: str, title: str) 
     steps = [row["step"] + 1 for row in rows]
     colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, values.shape[1]))
     for layer, color in enumerate(colors):
-        axes.plot(steps, values[:, layer], color=color, linewidth=1.5, label=f"layer {layer}")
+        marker = "o" if len(steps) < 20 else None
+        style = {"color": color, "linewidth": 1.5, "marker": marker, "markersize": 3}
+        axes.plot(steps, values[:, layer], **style, label=f"layer {layer}")
     axes.set_ylim(0, 1.03)
     handles, labels = axes.get_legend_handles_labels()
     shown = range(len(labels)) if len(labels) <= 4 else (0, len(labels) // 2, len(labels) - 1)
@@ -130,8 +127,12 @@ def _draw_work(figure: Any, rows: list[dict[str, Any]]) -> None:
         work = np.asarray(row["work"], dtype=float)
         image = axes.imshow(work, cmap="YlGnBu", vmin=0, vmax=top)
         axes.grid(False)
-        axes.set(xticks=_ticks(work.shape[1]), yticks=_ticks(work.shape[0]), xlabel="ring step")
-        worker, step = imbalance(work)
+        ranks, steps = work.shape
+        axes.set(xticks=_ticks(min(ranks, steps)), yticks=_ticks(ranks), xlabel="ring step")
+        if steps > ranks:  # the columns, computed after the ring
+            axes.set_xticks([*axes.get_xticks(), ranks], [*map(int, axes.get_xticks()), "col"])
+            axes.axvline(ranks - 0.5, color="white", linewidth=2)
+        worker, step = worker_imbalance(work), step_imbalance(work)
         color = "#1f6feb" if row["chosen"] else INK
         name = f"{row['layout']} (chosen)" if row["chosen"] else row["layout"]
         axes.set_title(f"{name}\nworker {worker:.3f}   step {step:.3f}", color=color)

@@ -15,28 +15,27 @@ def expand(plan: Plan, heads: int) -> torch.Tensor:
     geometry, size = plan.geometry, plan.geometry.block_size
     batch, total = geometry.batch, geometry.num_tokens
     keys = torch.arange(total)
-    mask = torch.zeros(batch, heads, len(geometry.blocks) * size, total, dtype=torch.bool)
+    held = [block * size + i for block in geometry.blocks for i in range(size)]
+    tiles, columns = plan.tiles.tolist(), None if plan.columns is None else plan.columns.tolist()
+    mask = torch.zeros(batch, heads, len(held), total, dtype=torch.bool)
     for b in range(batch):
+        seen = (keys >= geometry.lo[b, held, None]) & (keys <= geometry.hi[b, held, None])
+        if geometry.prefix_lo is not None:
+            low, high = geometry.prefix_lo[b, held, None], geometry.prefix_hi[b, held, None]
+            seen |= (keys >= low) & (keys <= high)
         for h in range(heads):
-            tile_head = h // (heads // plan.tiles.shape[1])
-            for row, block in enumerate(geometry.blocks):
+            tile_head = h // (heads // len(tiles[b]))
+            for row in range(len(geometry.blocks)):
                 chosen = torch.zeros(total, dtype=torch.bool)
-                words = plan.tiles[b, tile_head, row].tolist()
                 for j in range(geometry.num_blocks):
-                    if (words[j // 32] >> (j % 32)) & 1:
+                    if (tiles[b][tile_head][row][j // 32] >> (j % 32)) & 1:
                         chosen[j * size : (j + 1) * size] = True
-                if plan.columns is not None:
-                    head = h // (heads // plan.columns.shape[1])
+                if columns is not None:
+                    column_head = h // (heads // len(columns[b]))
                     group = 0 if plan.column_group is None else int(plan.column_group[row])
-                    columns = plan.columns[b, head, group].tolist()
-                    chosen[[c for c in columns if c < total]] = True
-                for i in range(size):
-                    query = block * size + i
-                    seen = (keys >= geometry.lo[b, query]) & (keys <= geometry.hi[b, query])
-                    if geometry.prefix_lo is not None:
-                        low, high = geometry.prefix_lo[b, query], geometry.prefix_hi[b, query]
-                        seen |= (keys >= low) & (keys <= high)
-                    mask[b, h, row * size + i] = chosen & seen
+                    chosen[[c for c in columns[b][column_head][group] if c < total]] = True
+                mask[b, h, row * size : (row + 1) * size] = chosen
+        mask[b] &= seen
     return mask
 
 

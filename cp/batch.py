@@ -1,0 +1,95 @@
+"""Reading a batch: documents, positions and shifted labels from what a user has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.geometry import Documents, check_length
+
+IGNORE = -100  # label of a token without a loss
+KNOWN = (
+    "input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "document_ids",
+    "attention_mask",
+)  # fmt: skip
+
+
+def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
+    """(batch size, length); ValueError or NotImplementedError for what cannot be sharded."""
+    unknown = [name for name in batch if name not in KNOWN]
+    if unknown:
+        raise NotImplementedError(f"batch has {unknown}; supported are {list(KNOWN)}")
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if tokens is None:
+        raise ValueError(f"batch has {list(batch)}; it needs input_ids or inputs_embeds")
+    size, length = tokens.shape[:2]
+    if size < 1:
+        raise ValueError("batch size is 0; it needs at least 1 row")
+    check_length(length, block_size)
+    for name, tensor in batch.items():
+        if tensor.shape[:2] != (size, length) and not (name == "position_ids" and tensor.shape[0] == 1):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; it must start with [{size}, {length}]")
+    return size, length
+
+
+def find_documents(batch: dict[str, Tensor], size: int, length: int) -> Documents:
+    """Documents of each row from document_ids, or else from position_ids that restart; less padding.
+
+    attention_mask [B, S] marks one run of tokens in each row; the rest is padding. Synchronises.
+    """
+    starts = torch.zeros(size, length, dtype=torch.bool)
+    starts[:, 0] = True
+    if "document_ids" in batch:
+        ids = batch["document_ids"].cpu()
+        starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    elif "position_ids" in batch:
+        positions = batch["position_ids"].cpu()
+        if positions.dim() != 2:
+            raise NotImplementedError(f"position_ids with {positions.dim()} dims (M-RoPE); only [B, S]")
+        starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).expand(size, -1)
+    valid = torch.ones(size, length, dtype=torch.bool)
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"].cpu()
+        if mask.dim() != 2:
+            raise NotImplementedError(
+                f"attention_mask with {mask.dim()} dims; only padding masks [batch, length]"
+            )
+        valid = mask.bool()
+        starts[:, 1:] |= valid[:, 1:] != valid[:, :-1]
+        runs = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]
+        if int(runs.max()) > 1:
+            raise NotImplementedError("attention_mask with holes; only padding at the ends of a row")
+    documents = []
+    for row in range(size):
+        begins = starts[row].nonzero()[:, 0].tolist()
+        ranges = zip(begins, [*begins[1:], length], strict=True)
+        documents.append(tuple((a, b) for a, b in ranges if valid[row, a]))
+    return tuple(documents)
+
+
+def shift_labels(batch: dict[str, Tensor], documents: Documents, length: int) -> Tensor | None:
+    """int64 [B, S]: the label of each token is the next token of its document, else IGNORE.
+
+    From "labels" (aligned with the tokens, as transformers has them) or "shift_labels" (already shifted).
+    """
+    if "shift_labels" in batch:
+        return batch["shift_labels"]
+    if "labels" not in batch:
+        return None
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    inside = torch.zeros(labels.shape, dtype=torch.bool)
+    for row, ranges in enumerate(documents):
+        for start, end in ranges:
+            inside[row, start : end - 1] = True
+    return labels.masked_fill(~inside.to(labels.device), IGNORE)
+
+
+def position_ids(batch: dict[str, Tensor], documents: Documents, size: int, length: int) -> Tensor:
+    """int64 [B, S]: as given, or counted from the start of each document; padding has 0."""
+    if "position_ids" in batch:
+        return batch["position_ids"].expand(size, -1)
+    positions = torch.zeros(size, length, dtype=torch.int64)
+    for row, ranges in enumerate(documents):
+        for start, end in ranges:
+            positions[row, start:end] = torch.arange(end - start)
+    return positions.to(next(iter(batch.values())).device)

@@ -1,0 +1,390 @@
+"""ContextParallel: what a user holds. It shards batches, runs attention across ranks and reports."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..balance import Decision, Layout, PlannerState, Statistics, resolve, ring
+from ..kernels.attention import check_inputs, check_mask_heads, steps
+from ..kernels.geometry import Geometry
+from ..kernels.patterns import PATTERNS, Pattern
+from ..kernels.plan import Plan
+from .attach import attach_model, detach_model, head_of
+from .attention import ring_attention
+from .batch import IGNORE, check_batch, find_documents, position_ids, shift_labels
+from .estimate import sampled_recall
+from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
+from .mesh import connect
+from .record import Record, Report
+from .shard import KEYWORD, Shard, full_plans
+from .transport import Alone, agree
+from .verify import Verification, verify_model
+
+EXCHANGES = ("auto", "ring")
+LATER_EXCHANGES = ("hierarchical", "gather", "pull", "heads")
+
+
+class ContextParallel:
+    """Trains a model on sequences sharded over the ranks of a mesh.
+
+    mesh: DeviceMesh; None for one process. axes: its context-parallel axes. data_axes: its data axes,
+        so that losses and gradients know the whole group.
+    pattern: a Pattern, the name of one, or {layer: pattern} with an optional "default".
+    layout: "auto" (chosen each step), "contiguous", "zigzag", "striped", "striped(g)", or a Layout.
+    exchange: how keys reach the ranks that need them: "ring" ("auto" means ring today).
+    grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
+        `sum_gradients` (or anything else that sums).
+    deterministic: bit-identical from run to run; all present kernels are.
+    debug: check a header at every transfer. Slow: it waits for the device.
+    block_size: tokens in a block. recall_every: steps between two samples of recall, 0 for never.
+    impl: kernels, "auto", "reference" or "triton".
+    """
+
+    def __init__(
+        self,
+        mesh,
+        axes: tuple[str, ...] = ("cp",),
+        data_axes: tuple[str, ...] = (),
+        *,
+        pattern: Pattern | str | Mapping[Hashable, Pattern | str] = "vertical-slash",
+        layout: str | Layout = "auto",
+        exchange: str = "auto",
+        grad_reduce: str = "mean",
+        deterministic: bool = False,
+        debug: bool = False,
+        block_size: int = 128,
+        recall_every: int = 10,
+        impl: str = "auto",
+    ):
+        if exchange in LATER_EXCHANGES:
+            raise NotImplementedError(f"exchange {exchange!r}; implemented are {EXCHANGES}")
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange {exchange!r} is unknown; use one of {EXCHANGES}")
+        if grad_reduce not in ("mean", "sum"):
+            raise ValueError(f"grad_reduce {grad_reduce!r} is unknown; use 'mean' (FSDP, DDP) or 'sum'")
+        groups = connect(mesh, tuple(axes), tuple(data_axes))
+        self.transport, self.everyone = groups.ring, groups.everyone
+        self.patterns = _patterns(pattern)
+        self.layout, self.exchange, self.grad_reduce = layout, exchange, grad_reduce
+        self.deterministic, self.debug, self.impl = deterministic, debug, impl
+        self.block_size, self.recall_every = block_size, recall_every
+        self.model: nn.Module | None = None
+        self._step = 0
+        self._planner = PlannerState()
+        self._statistics: Statistics | None = None
+        self._pending: deque = deque()  # records of steps whose statistics have not been used yet
+        self._last: Shard | None = None
+        self._replay: dict[Hashable, Plan] | None = None
+        self._agreed: tuple | None = None
+        if self.everyone.rank == 0:
+            print(self)
+
+    def __repr__(self) -> str:
+        pattern = self.patterns["default"] if len(self.patterns) == 1 else self.patterns
+        return (
+            f"ContextParallel(cp {self.transport.size} of {self.everyone.size} ranks, pattern={pattern}, "
+            f"layout={self.layout}, exchange=ring, grad_reduce={self.grad_reduce}, "
+            f"block_size={self.block_size})"
+        )
+
+    # -- the model --------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, *, whole_logits: bool = False) -> nn.Module:
+        """Routes the model's attention through this object; returns the model.
+
+        Call it before checkpointing, compilation, FSDP, DDP. transformers models then return hidden
+        states in `logits` and `loss` applies their head in chunks, unless whole_logits. Unsupported
+        layers raise NotImplementedError by name.
+        """
+        if self.model is not None:
+            raise ValueError("attach was called before; detach the first model or use another object")
+        attach_model(self, model, whole_logits)
+        self.model = model
+        return model
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """Undoes `attach`."""
+        if self.model is not model:
+            raise ValueError("this model is not attached to this object")
+        detach_model(model)
+        self.model = None
+        return model
+
+    # -- a batch ----------------------------------------------------------------------------------
+
+    def shard(self, batch: Mapping[str, Tensor]) -> Shard:
+        """This rank's part of a batch that all ranks of the context-parallel group hold in full.
+
+        batch: input_ids [B, S] (or inputs_embeds [B, S, E]); optional labels (as transformers has them,
+        not shifted) or shift_labels; documents by document_ids or restarting position_ids; a padding
+        attention_mask. Labels are shifted, the length is padded to ranks x block_size, the layout of
+        this step is chosen, ranks check that they agree. Synchronises; not part of the step path.
+        """
+        return self._shard(batch, self.transport)
+
+    def _shard(self, batch: Mapping[str, Tensor], transport, layout: str | Layout | None = None) -> Shard:
+        batch = dict(batch)
+        size, length = check_batch(batch, self.block_size)
+        documents = find_documents(batch, size, length)
+        unit = transport.size * self.block_size
+        if isinstance(self.layout, Layout) and layout is None:
+            unit = self.block_size  # a layout of one's own may be uneven
+        padded = -(-length // unit) * unit
+        decision = self._decide(documents, padded // self.block_size, transport, layout)
+        held = decision.layout.assignment[transport.rank]
+        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+        geometry = Geometry.causal(size, length, self.block_size, documents).pad_to(padded)
+        geometry = geometry.to(tokens.device).select(held)
+        labels = shift_labels(batch, documents, length)
+        shard = Shard(
+            cp=self,
+            step=self._step,
+            layout=decision.layout,
+            decision=decision,
+            transport=transport,
+            geometry=geometry,
+            length=length,
+            labels=None if labels is None else _take(labels, geometry, IGNORE),
+            tokens=0,
+            replayed=self._replay,
+            sample_recall=bool(self.recall_every) and self._step % self.recall_every == 0,
+        )
+        shard.inputs = self._inputs(batch, documents, shard)
+        shard.tokens = self._count_labels(shard)
+        if transport is self.transport:
+            self._check_agreement(shard, tokens)
+            self._check_parameters()
+            self._pending.append(shard.record)
+            self._last = shard
+            self._step += 1
+        geometry.num_visible_tiles  # noqa: B018 - computed here, outside the step path
+        geometry.visible_elements  # noqa: B018
+        for pattern in self.patterns.values():
+            pattern.prepare(geometry)
+        return shard
+
+    def _decide(self, documents, num_blocks: int, transport, layout) -> Decision:
+        wanted = self.layout if layout is None else layout
+        own = transport is self.transport
+        if own:
+            self._collect_statistics()
+        decision = resolve(
+            wanted, documents, num_blocks, transport.size, self.block_size, self._statistics, self._planner
+        )
+        if own:
+            self._planner = decision.state
+        return decision
+
+    def _collect_statistics(self) -> None:
+        """Reduces the plans of all but the last step: at step n the planner knows those of step n - 2."""
+        while len(self._pending) > 1:
+            self._statistics = self._reduced(self._pending.popleft()) or self._statistics
+
+    def _reduced(self, step: Record | Statistics | None) -> Statistics | None:
+        return step.statistics(self.transport, self.block_size) if isinstance(step, Record) else step
+
+    def _inputs(self, batch, documents, shard: Shard) -> dict[str, Any]:
+        size = shard.geometry.batch
+        positions = position_ids(batch, documents, size, shard.length)
+        inputs = {
+            name: _take(batch[name], shard.geometry, 0)
+            for name in ("input_ids", "inputs_embeds")
+            if name in batch
+        }
+        return inputs | {"position_ids": _take(positions, shard.geometry, 0), KEYWORD: shard}
+
+    def _count_labels(self, shard: Shard) -> int:
+        if shard.labels is None:
+            return 0
+        count = (shard.labels != IGNORE).sum()
+        group = self.everyone if shard.transport is self.transport else Alone()
+        group.all_reduce(count).wait()
+        return int(count)
+
+    def _check_agreement(self, shard: Shard, tokens: Tensor) -> None:
+        """Ranks prove that they hold the same batch and chose the same layout, when these change."""
+        state = (shard.layout.digest(), shard.geometry.num_tokens, tuple(tokens.shape), str(tokens.dtype))
+        if state == self._agreed and not self.debug:
+            return
+        self._agreed = state
+        content = tokens.detach().double().sum()
+        values = [
+            self._step, shard.layout.digest(), shard.length, tokens.shape[0], shard.geometry.batch,
+            int(content.view(torch.int64)), hash(shard.geometry.documents) >> 1,
+        ]  # fmt: skip
+        names = ("step", "layout", "length", "batch size", "batch rows", "tokens", "documents")
+        agree(self.transport, names, values, tokens.device)
+
+    def _check_parameters(self) -> None:
+        """At the second shard: replicated parameters must still be equal, or gradients were not summed."""
+        if self.model is None or self._step != 1:
+            return
+        sums = checksum(self.model.parameters())
+        if sums is not None:
+            table = self.everyone.all_gather(sums)
+            differing = (table != table[0]).any(0).nonzero()[:, 0].tolist()
+            if differing:
+                names = [n for n, p in self.model.named_parameters() if not hasattr(p, "placements")]
+                raise ValueError(
+                    f"{len(differing)} of {len(names)} replicated parameters differ between ranks, first "
+                    f"{names[differing[0]]}; start from one seed and call cp.sum_gradients(model) before "
+                    "the optimizer step, or wrap the model in DDP or FSDP over data and cp axes"
+                )
+
+    def unshard(self, x: Tensor, shard: Shard, dim: int = 1) -> Tensor:
+        """The full tensor in logical order, without padding, from every rank's [..., S', ...] at dim."""
+        width = max(shard.layout.blocks_per_rank) * shard.layout.block_size
+        if x.shape[dim] != shard.local_length:
+            raise ValueError(
+                f"dim {dim} has {x.shape[dim]} entries, this rank holds {shard.local_length} tokens"
+            )
+        x = x.detach().movedim(dim, 0).contiguous()
+        pad = (0, 0) * (x.dim() - 1) + (0, width - x.shape[0])
+        parts = shard.transport.all_gather(torch.nn.functional.pad(x, pad))
+        counts = [n * shard.layout.block_size for n in shard.layout.blocks_per_rank]
+        physical = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        inverse = torch.from_numpy(shard.layout.inverse).to(x.device)
+        return physical[inverse][: shard.length].movedim(0, dim)
+
+    # -- inside the step --------------------------------------------------------------------------
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, shard: Shard, layer: Hashable = 0, scale: float | None = None
+    ) -> Tensor:
+        """Attention of this rank's queries over the whole sequence; differentiable.
+
+        q: [B, H, S', D]; k, v: [B, Hk, S', D], this rank's tokens in the order of the shard. layer: key
+        of the plan; give every attention layer its own. scale: 1 / sqrt(D) by default.
+        """
+        if q.shape[2] != shard.local_length:
+            raise ValueError(
+                f"q has {q.shape[2]} tokens, this rank holds {shard.local_length} of the sequence; pass "
+                "the model shard.inputs, and no cache"
+            )
+        check_inputs(q, k, v, shard.geometry)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        bound = shard.plan(layer, q.detach(), k.detach(), v.detach(), scale)
+        check_mask_heads(bound.plan, q.shape[1], k.shape[1])
+        shard.record.ran(layer, bound)
+        out, lse = ring_attention(q, k, v, bound, shard.ring(layer, steps(self.impl, q)), scale)
+        if shard.sample_recall and layer not in shard.record.recall:
+            with torch.no_grad():
+                shard.record.recall[layer] = sampled_recall(q, k, lse, shard.geometry, shard.transport, scale)
+        return out
+
+    def pattern_of(self, layer: Hashable) -> Pattern:
+        return self.patterns.get(layer, self.patterns["default"])
+
+    @staticmethod
+    @lru_cache
+    def _ring(rank: int, world: int):
+        return ring(rank, world)
+
+    def schedule(self, transport):
+        return self._ring(transport.rank, transport.size)
+
+    def loss(
+        self,
+        output: Any,
+        shard: Shard,
+        *,
+        tokens: int | None = None,
+        head: nn.Module | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy over all valid labels of the step; its value is equal on all ranks.
+
+        output: of an attached transformers model, or logits [B, S', V], or hidden states [B, S', E] with
+        the `head` that makes logits of them. tokens: valid labels of the whole optimizer step, the sum
+        of shard.tokens over its micro-batches; this batch's by default. The gradient is this rank's
+        share, to be averaged or summed over data and context-parallel ranks as grad_reduce says.
+        """
+        if shard.labels is None:
+            raise ValueError("the batch had no labels; give cp.shard labels or shift_labels")
+        hidden = output if isinstance(output, Tensor) else output.logits
+        if head is None and not isinstance(output, Tensor):
+            head = head_of(self.model)
+        vocab = hidden.shape[-1] if head is None else head.weight.shape[0]
+        total = token_loss_sum(hidden, shard.labels, head, vocab)
+        count = shard.tokens if tokens is None else tokens
+        group = self.everyone if shard.transport is self.transport else Alone()
+        scale = group.size if self.grad_reduce == "mean" else 1
+        return GlobalLoss.apply(total / max(1, count), group, scale)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Sums .grad over data and context-parallel ranks: the plain loop's stand-in for DDP."""
+        if self.grad_reduce != "sum":
+            raise ValueError(
+                'sum_gradients needs ContextParallel(grad_reduce="sum"); with "mean" the loss is scaled '
+                "for the average that DDP or FSDP take"
+            )
+        sum_gradients(model.parameters(), self.everyone)
+
+    # -- knowing ----------------------------------------------------------------------------------
+
+    def report(self, shard: Shard | None = None) -> Report:
+        """Density, recall, imbalance and bytes of a shard (the last one), over the group. All ranks call it."""
+        shard = shard or self._last
+        if shard is None:
+            raise ValueError("nothing to report yet; call shard and run the model first")
+        return shard.record.report(shard.transport, shard.layout, "ring")
+
+    def plans(self, shard: Shard) -> dict[Hashable, Plan]:
+        """Plans of the whole sequence by layer, for `replay`. All ranks call it."""
+        return full_plans(shard)
+
+    @contextmanager
+    def replay(self, plans: dict[Hashable, Plan]) -> Iterator[None]:
+        """Shards made inside use these plans (of the whole sequence, from `plans`) and estimate none."""
+        before, self._replay = self._replay, plans
+        try:
+            yield
+        finally:
+            self._replay = before
+
+    def verify(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Verification:
+        """Compares the sharded model with one process on the same short batch and the same plans."""
+        return verify_model(self, model, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The planner's memory, plain numbers and lists. All ranks call it, between steps."""
+        self._pending = deque(map(self._reduced, self._pending))
+        known = [self._statistics, *self._pending]
+        vectors = [None if each is None else each.to_vector().tolist() for each in known]
+        return {"step": self._step, "planner": self._planner.to_dict(), "statistics": vectors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._step = state["step"]
+        self._planner = PlannerState.from_dict(state["planner"])
+        known = [v if v is None else Statistics.from_vector(np.array(v)) for v in state["statistics"]]
+        self._statistics, self._pending = known[0], deque(known[1:])
+
+
+def _take(x: Tensor, geometry: Geometry, fill: int) -> Tensor:
+    """[B, S, ...] -> this rank's tokens [B, S', ...] in physical order, padding filled."""
+    tail = geometry.num_tokens - x.shape[1]
+    pad = (0, 0) * (x.dim() - 2) + (0, tail)
+    return torch.nn.functional.pad(x, pad, value=fill)[:, geometry.positions].contiguous()
+
+
+def _patterns(pattern) -> dict[Hashable, Pattern]:
+    """{layer: Pattern} with a "default"."""
+    table = dict(pattern) if isinstance(pattern, Mapping) else {"default": pattern}
+    table.setdefault("default", "vertical-slash")
+    for layer, choice in table.items():
+        if isinstance(choice, str):
+            if choice not in PATTERNS:
+                raise ValueError(f"pattern {choice!r} is unknown; use one of {list(PATTERNS)} or an object")
+            table[layer] = PATTERNS[choice]()
+        elif not isinstance(choice, Pattern):
+            raise ValueError(f"pattern {choice!r} of layer {layer!r} is neither a Pattern nor a name")
+    return table

@@ -1,0 +1,60 @@
+"""From a DeviceMesh to the groups that a rank talks in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .threads import ThreadTransport
+from .transport import Alone, Distributed, Transport
+
+
+@dataclass(frozen=True)
+class Groups:
+    """ring: the context-parallel ranks. everyone: they times the data ranks, whose gradients add up."""
+
+    ring: Transport
+    everyone: Transport
+
+
+def connect(mesh: DeviceMesh | Transport | None, axes: tuple[str, ...], data_axes: tuple[str, ...]) -> Groups:
+    """Groups of this rank. Every rank of the mesh must call it, in the same program order.
+
+    mesh: a DeviceMesh with the named axes; None for a single process; or a Transport, whose ranks are
+    the context-parallel group (ranks as threads). Raises ValueError naming the axes that are missing.
+    """
+    if mesh is None:
+        return Groups(Alone(), Alone())
+    if isinstance(mesh, Alone | ThreadTransport | Distributed):
+        return Groups(mesh, mesh)
+    names = mesh.mesh_dim_names or ()
+    missing = [axis for axis in (*axes, *data_axes) if axis not in names]
+    if missing or not axes:
+        raise ValueError(
+            f"axes {tuple(missing) or axes} are not in the mesh, which has {tuple(names)}; "
+            'name its axes by init_device_mesh(..., mesh_dim_names=("dp", "cp"))'
+        )
+    if set(axes) & set(data_axes):
+        raise ValueError(f"axes {axes} and data_axes {data_axes} overlap; an axis has one use")
+    ring = _transport(mesh, axes, ("keys", "grads", "control"))
+    everyone = _transport(mesh, (*data_axes, *axes), ("control",)) if data_axes else ring
+    return Groups(ring, everyone)
+
+
+def _transport(mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...]) -> Transport:
+    """The group of all ranks that differ from this one in the given axes only, in mesh order."""
+    names = mesh.mesh_dim_names
+    order = [names.index(axis) for axis in axes]
+    others = [dim for dim in range(mesh.mesh.dim()) if dim not in order]
+    table = mesh.mesh.permute(*others, *order).reshape(-1, *[mesh.mesh.shape[d] for d in order])
+    me = dist.get_rank()
+    for ranks in table.flatten(1).tolist():
+        if me in ranks:
+            if len(ranks) == 1:
+                return Alone()
+            # Only members call, so that any subgroup of a larger job works.
+            groups = {channel: dist.new_group(ranks, use_local_synchronization=True) for channel in channels}
+            return Distributed(ranks.index(me), tuple(ranks), groups)
+    raise ValueError(f"rank {me} is not in the mesh {mesh}")

@@ -1,0 +1,159 @@
+"""What one step's plans were: counted on the device as integers, combined over ranks when asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..balance import Statistics, step_imbalance, worker_imbalance
+from ..kernels.bound import BoundPlan
+from ..kernels.geometry import EMPTY, Geometry
+from .transport import Transport
+
+
+@dataclass
+class Record:
+    """Counts of one shard, by layer. Filled by the attention, read by the planner and by reports.
+
+    elements: int64 [3] = (pairs in tiles, pairs in columns outside them, visible pairs) times heads.
+    work: float64 [R + 1], tiles against each source and column work, mean over heads.
+    vector: int64 [4, num_blocks], the planner's statistics in units of heads (and tokens for columns).
+    covered: chosen tiles each time the layer ran, recomputation included.
+    """
+
+    heads: int = 0
+    elements: dict = field(default_factory=dict)
+    work: dict = field(default_factory=dict)
+    recall: dict = field(default_factory=dict)
+    covered: dict = field(default_factory=dict)
+    bytes: Counter = field(default_factory=Counter)
+    vector: Tensor | None = None
+
+    def add(self, layer, bound: BoundPlan, heads: int) -> None:
+        """Counts a new plan of a layer with `heads` query heads."""
+        plan, geometry = bound.plan, bound.plan.geometry
+        self.heads = heads
+        tiles = plan.tiles_bool()
+        chosen = tiles.sum(1, dtype=torch.int64) * (heads // plan.mask_heads)  # [B, rows, num_blocks]
+        pairs = (tiles * geometry.visible_elements[:, None]).sum(dtype=torch.int64)
+        column_pairs = torch.zeros((), dtype=torch.int64, device=tiles.device)
+        columns = torch.zeros(chosen.shape[:2], dtype=torch.int64, device=tiles.device)
+        if plan.columns is not None:
+            outside = plan.column_elements()
+            share = heads // outside.shape[1]
+            column_pairs = outside.sum(dtype=torch.int64) * share
+            columns = (outside > 0).sum((1, 3), dtype=torch.int64) * share  # tokens times heads
+        visible = geometry.visible_elements.sum(dtype=torch.int64) * heads
+        self.elements[layer] = torch.stack((pairs * (heads // plan.mask_heads), column_pairs, visible))
+        column_work = columns.sum().double() / (geometry.block_size * heads)
+        self.work[layer] = torch.cat((bound.work.sum(0), column_work[None]))
+        vector = _statistics(chosen, columns, geometry, heads)
+        self.vector = vector if self.vector is None else self.vector + vector
+
+    def ran(self, layer, bound: BoundPlan) -> None:
+        self.covered.setdefault(layer, []).append(bound.row_ptr[-1].clone())
+
+    def statistics(self, transport: Transport, block_size: int) -> Statistics | None:
+        """Combined over the group; None if no layer ran. All ranks call it."""
+        if self.vector is None:
+            return None
+        total = self.vector.clone()
+        transport.all_reduce(total).wait()
+        vector = total.cpu().numpy().astype(np.float64) / self.heads
+        vector[3] /= block_size
+        return Statistics.from_vector(vector.ravel())
+
+    def report(self, transport: Transport, layout, exchange: str) -> Report:
+        """Combined over the group. All ranks call it."""
+        layers = list(self.elements)
+        if not layers:
+            raise ValueError("no attention ran with this shard; call the model with **shard.inputs first")
+        elements = torch.stack([self.elements[layer] for layer in layers])
+        transport.all_reduce(elements).wait()
+        tiles, columns, visible = elements.double().cpu().T
+        work = transport.all_gather(torch.stack([self.work[layer] for layer in layers]).sum(0))
+        rank = torch.arange(transport.size)
+        by_step = work.cpu()[rank[:, None], (rank[:, None] - rank) % transport.size]
+        by_step = torch.cat((by_step, work.cpu()[:, -1:]), 1).numpy()
+        recall = {layer: float(value) for layer, value in self.recall.items()}
+        moved = torch.tensor([self.bytes[c] for c in _CHANNELS], dtype=torch.int64)
+        moved = transport.all_gather(moved.to(elements.device)).sum(0).tolist()
+        return Report(
+            layout=layout.name,
+            exchange=exchange,
+            density=float((tiles + columns).sum() / visible.sum()),
+            density_tiles=float(tiles.sum() / visible.sum()),
+            density_by_layer=dict(zip(layers, ((tiles + columns) / visible).tolist(), strict=True)),
+            recall=sum(recall.values()) / len(recall) if recall else None,
+            recall_by_layer=recall,
+            worker_imbalance=worker_imbalance(by_step),
+            step_imbalance=step_imbalance(by_step),
+            work=by_step,
+            bytes_moved=dict(zip(_CHANNELS, moved, strict=True)),
+        )
+
+
+_CHANNELS = ("keys", "grads", "columns")
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """One step over the whole group.
+
+    density, density_tiles: computed pairs / visible pairs, with and without columns. recall: share of
+    the attention mass that the plans hold, of sampled queries, or None where not sampled this step.
+    work: float64 [W, W + 1], tiles of each rank in each ring step, column work last, summed over layers.
+    bytes_moved: by traffic class, over all ranks and layers, forward and backward.
+    """
+
+    layout: str
+    exchange: str
+    density: float
+    density_tiles: float
+    density_by_layer: dict
+    recall: float | None
+    recall_by_layer: dict
+    worker_imbalance: float
+    step_imbalance: float
+    work: np.ndarray
+    bytes_moved: dict[str, int]
+
+    def __str__(self) -> str:
+        recall = "not sampled" if self.recall is None else f"{self.recall:.4f}"
+        moved = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in self.bytes_moved.items())
+        return (
+            f"layout {self.layout}, exchange {self.exchange}\n"
+            f"density {self.density:.4f} (tiles {self.density_tiles:.4f}), recall {recall}\n"
+            f"imbalance: worker {self.worker_imbalance:.3f}, step {self.step_imbalance:.3f} (max / mean)\n"
+            f"MiB moved: {moved}"
+        )
+
+
+def _statistics(chosen: Tensor, columns: Tensor, geometry: Geometry, heads: int) -> Tensor:
+    """int64 [4, num_blocks] as balance.measure defines them: exact sums, so equal in any order."""
+    depth, distance, offset, visible = geometry.memo("statistics", lambda: _indices(geometry))
+    blocks = geometry.num_blocks
+    out = chosen.new_zeros(4, blocks + 1)  # the last entry takes what is not visible
+    out[0].index_add_(0, depth.flatten(), torch.full_like(depth, heads).flatten())
+    counted = (chosen * visible).flatten()
+    out[1].index_add_(0, distance.flatten(), counted)
+    out[2].index_add_(0, offset.flatten(), counted)
+    out[3].index_add_(0, depth.flatten(), columns.flatten())
+    return out[:, :blocks]
+
+
+def _indices(geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    seen = geometry.tile_class != EMPTY
+    blocks = geometry.num_blocks
+    rows, keys = geometry.block_ids[:, None], torch.arange(blocks, device=seen.device)
+    first = seen.int().argmax(2)  # first visible block of each row
+    depth = torch.where(seen.any(2), geometry.block_ids - first, -1)
+    distance = (rows - keys).expand_as(seen)
+    offset = keys - first[..., None]
+    visible = seen & (distance >= 0) & (offset >= 0)
+    bin_of = [torch.where(visible, x, blocks) for x in (distance, offset)]
+    return torch.where(depth < 0, blocks, depth), *bin_of, visible

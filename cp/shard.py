@@ -1,0 +1,115 @@
+"""Shard: what travels with a call of the model: this rank's part of one batch and its plans by layer."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..balance import Decision, Layout
+from ..kernels.bound import BoundPlan, bind
+from ..kernels.geometry import Geometry
+from ..kernels.patterns.base import make_plan
+from ..kernels.plan import Plan
+from .attention import Ring
+from .estimate import combine_over
+from .record import Record
+from .transport import Transport
+
+if TYPE_CHECKING:
+    from .context_parallel import ContextParallel
+
+KEYWORD = "sparring_shard"  # the model keyword that carries a shard to its attention layers
+
+
+@dataclass(eq=False)
+class Shard:
+    """This rank's part of a batch, made by ContextParallel.shard.
+
+    inputs: keywords for the model: tokens [B, S'], position_ids [B, S'] and the shard itself.
+    labels: int64 [B, S'], shifted before sharding, or None. S' is this rank's share of the padded length.
+    tokens: number of labels with a loss in this batch, over all data and context-parallel ranks.
+    length: tokens a row before padding. layout, decision: who holds what, and why.
+    plans: logical plans by layer, made in the first forward and used by recomputation and backward.
+    """
+
+    cp: ContextParallel
+    step: int
+    layout: Layout
+    decision: Decision
+    transport: Transport
+    geometry: Geometry
+    length: int
+    labels: Tensor | None
+    tokens: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+    plans: dict[Hashable, Plan] = field(default_factory=dict)
+    replayed: dict[Hashable, Plan] | None = None
+    sample_recall: bool = False
+    record: Record = field(default_factory=Record)
+
+    @property
+    def local_length(self) -> int:
+        """Tokens a row held here, S'."""
+        return len(self.geometry.blocks) * self.geometry.block_size
+
+    def plan(self, layer: Hashable, q: Tensor, k: Tensor, v: Tensor, scale: float) -> BoundPlan:
+        """The plan of a layer, estimated by its pattern on the first call, the same one afterwards."""
+        new = layer not in self.plans
+        if new and self.replayed is not None:
+            if layer not in self.replayed:
+                raise ValueError(f"replay has no plan for layer {layer!r}, only for {list(self.replayed)}")
+            self.plans[layer] = self.replayed[layer].rows(self.geometry)
+        elif new:
+            pattern = self.cp.pattern_of(layer)
+            combine = combine_over(self.transport)
+            self.plans[layer] = make_plan(pattern, q, k, v, self.geometry, scale, combine)
+        bound = bind(self.plans[layer], self.layout.assignment)
+        if new:
+            self.record.add(layer, bound, q.shape[1])
+        return bound
+
+    def ring(self, layer: Hashable, steps) -> Ring:
+        """The surroundings of one attention call."""
+        header = None
+        if self.cp.debug:
+            header = (self.step, _stable_hash(layer), self.layout.digest())
+        schedule = self.cp.schedule(self.transport)
+        return Ring(self.transport, schedule, steps, header, self.record.bytes)
+
+
+def full_plans(shard: Shard) -> dict[Hashable, Plan]:
+    """Plans of the whole sequence by layer, in logical order; what `replay` takes. All ranks call it."""
+    blocks = tuple(range(shard.geometry.num_blocks))
+    geometry = shard.geometry.select(blocks)
+    order = torch.tensor(
+        [block for held in shard.layout.assignment for block in held], dtype=torch.int64
+    ).argsort()
+    width = max(shard.layout.blocks_per_rank)
+
+    def gather(x: Tensor, dim: int) -> Tensor:
+        """Local rows along dim -> all rows in logical order."""
+        x = x.movedim(dim, 0)
+        padded = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, width - x.shape[0]))
+        parts = shard.transport.all_gather(padded.contiguous())
+        held = [part[:n] for part, n in zip(parts, shard.layout.blocks_per_rank, strict=True)]
+        return torch.cat(held)[order.to(x.device)].movedim(0, dim)
+
+    return {
+        layer: Plan(
+            geometry,
+            gather(plan.tiles, 2).contiguous(),
+            plan.columns,
+            None if plan.column_group is None else gather(plan.column_group, 0),
+        )
+        for layer, plan in shard.plans.items()
+    }
+
+
+def _stable_hash(layer: Hashable) -> int:
+    """An integer that is equal in every process, which hash() of a string is not."""
+    return zlib.crc32(repr(layer).encode())

@@ -1,0 +1,317 @@
+"""Portable Triton backward without atomics, hence deterministic.
+
+dQ is computed by rows like the forward; dK and dV by the transposed lists, one program for a part of a key
+block that walks the query tiles of all query heads of its key head. Scores are recomputed from the final
+lse, so nothing is carried between ring steps but the sums themselves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .bound import BoundPlan
+from .triton_forward import (
+    LOG2E,
+    check,
+    intervals,
+    launch,
+    options,
+    query_program,
+    rows_of,
+    visible,
+)
+
+
+def backward_step(q, k, v, dout, lse, delta, bound: BoundPlan, source: int, dq, dk, dv, scale: float) -> None:
+    """Adds the gradients of the tiles of one source; lse is the final one, delta = sum(out * dout) - dlse."""
+    check(scale, (q, k, v), (dq, dk, dv))
+    batch, heads, _, _ = q.shape
+    kv_heads, slots = k.shape[1], bound.blocks_per_source
+    q, k, v, dout, lse, delta = (x.contiguous() for x in (q, k, v, dout, lse, delta))
+    tensors = (q, k, v, dout, lse, delta)
+    place = (scale * LOG2E.value, scale, source, bound.num_sources, bound.rows)
+    shape = dict(HEADS=heads, KV_HEADS=kv_heads, MASK_HEADS=bound.mask_heads)
+    chosen, meta = options("dq", q, bound)
+    lists = (bound.row_ptr, bound.row_full, bound.row_tiles, bound.key_base, *intervals(bound))
+    launch(
+        _dq,
+        batch * heads * bound.rows * (bound.block_size // chosen.queries),
+        q,
+        (*tensors, dq, *lists, *place, slots, k.shape[2]),
+        **shape,
+        **meta,
+    )
+    chosen, meta = options("dkv", q, bound)
+    lists = (bound.key_ptr, bound.key_full, bound.key_tiles, bound.key_base, *intervals(bound))
+    launch(
+        _dkv,
+        batch * kv_heads * slots * (bound.block_size // chosen.keys),
+        q,
+        (*tensors, dk, dv, *lists, *place, slots, k.shape[2]),
+        **shape,
+        **meta,
+    )
+
+
+@triton.jit
+def scores_by_query(
+    q, k, v, dout, lse, delta, seen, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """dscores [queries, keys] of one tile."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    weights = tl.exp2(scores * scale - lse[:, None])
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+    return (weights * (dweights - delta[:, None])).to(k.dtype)
+
+
+@triton.jit
+def add_by_key(q, k, v, dout, lse, delta, seen, scale, dk, dv, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """dk, dv with one tile added. Scores are [keys, queries]: the orientation that Hopper can pipeline."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    weights = tl.exp2(scores * scale - lse[None, :])
+    dv = tl.dot(weights.to(q.dtype), dout, dv, input_precision=PRECISION, out_dtype=dv.dtype)
+    dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=dk.dtype)
+    dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dscores, q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    return dk, dv
+
+
+@triton.jit
+def log2_normaliser(lse, places):
+    """The final lse in base 2, finite where the query saw nothing."""
+    value = tl.load(lse + places)
+    return tl.where(value == float("-inf"), 0.0, value * LOG2E)
+
+
+@triton.jit
+def add_to(target, first, last, x, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """target[first : first + COUNT] += x, rows below `last` only."""
+    dims, rows = tl.arange(0, WIDTH), first + tl.arange(0, COUNT)
+    kept = (rows < last)[:, None] & (dims < DIM)[None, :]
+    places = target + rows[:, None] * DIM + dims[None, :]
+    tl.store(places, tl.load(places, mask=kept, other=0.0) + x, mask=kept)
+
+
+@triton.jit(do_not_specialize=["source", "num_sources", "rows", "slots"])
+def _dq(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dq,
+    row_ptr,
+    row_full,
+    row_tiles,
+    key_base,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale_log2,
+    scale,
+    source,
+    num_sources,
+    rows,
+    slots,
+    key_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
+    x = ((batch * MASK_HEADS + head * MASK_HEADS // HEADS) * rows + row) * num_sources + source
+    begin, end = tl.load(row_ptr + x), tl.load(row_ptr + x + 1)
+    if begin == end:
+        return
+    full = tl.load(row_full + x)
+    ACC: tl.constexpr = dq.dtype.element_ty
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
+    k, v = k + key_offset, v + key_offset
+    places = token + tl.arange(0, QUERIES)
+    queries = rows_of(q + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+    grads = rows_of(dout + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+    norm = log2_normaliser(lse + offset, places)
+    deltas = tl.load(delta + offset + places)
+    acc = tl.zeros([QUERIES, WIDTH], dtype=ACC)
+    SPLIT: tl.constexpr = BLOCK // KEYS
+    entry = row_tiles + begin
+    slot = tl.load(entry)
+    for i in range(0, full * SPLIT):
+        first = slot * BLOCK + (i % SPLIT) * KEYS
+        slot = tl.load(entry + (i + 1) // SPLIT)
+        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        dscores = scores_by_query(
+            queries, keys, values, grads, norm, deltas, None, scale_log2, False, PRECISION, ACC
+        )
+        acc = tl.dot(dscores, keys, acc, input_precision=PRECISION, out_dtype=ACC)
+    interval = batch.to(tl.int64) * rows * BLOCK + places
+    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
+    prefix_low, prefix_high = low, high
+    if PREFIX:
+        prefix_low = tl.load(prefix_lo + interval)[:, None]
+        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    for i in range(full * SPLIT, (end - begin) * SPLIT):
+        first = slot * BLOCK + (i % SPLIT) * KEYS
+        position = tl.load(key_base + source * slots + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
+        slot = tl.load(entry + (i + 1) // SPLIT)
+        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
+        dscores = scores_by_query(
+            queries, keys, values, grads, norm, deltas, seen, scale_log2, True, PRECISION, ACC
+        )
+        acc = tl.dot(dscores, keys, acc, input_precision=PRECISION, out_dtype=ACC)
+    add_to(dq + offset * DIM, token, token + QUERIES, acc * scale, QUERIES, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=["source", "num_sources", "rows", "slots"])
+def _dkv(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    key_ptr,
+    key_full,
+    key_tiles,
+    key_base,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale_log2,
+    scale,
+    source,
+    num_sources,
+    rows,
+    slots,
+    key_tokens,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    PARTS: tl.constexpr = BLOCK // KEYS
+    LISTS: tl.constexpr = MASK_HEADS // KV_HEADS if MASK_HEADS > KV_HEADS else 1
+    SHARE: tl.constexpr = HEADS // KV_HEADS // LISTS  # query heads that share a list
+    SPLIT: tl.constexpr = BLOCK // QUERIES
+    STEP: tl.constexpr = SHARE * SPLIT  # query tiles of one entry
+    # Slot 0 may hold the sink, the longest list by far: that of every head starts first.
+    pid = tl.program_id(0)
+    sinks = tl.num_programs(0) // slots
+    late = pid >= sinks
+    rest = tl.where(late, pid - sinks, pid)
+    width = tl.where(late, (slots - 1) * PARTS, PARTS)
+    key_head = rest // width  # counts over the batch
+    part = rest % width + tl.where(late, PARTS, 0)
+    slot = part // PARTS
+    batch = key_head // KV_HEADS
+    kv_head = key_head % KV_HEADS
+    entries = 0
+    for member in range(LISTS):
+        mask_head = batch * MASK_HEADS + (kv_head * LISTS + member) * MASK_HEADS // (KV_HEADS * LISTS)
+        x = (mask_head * num_sources + source) * slots + slot
+        entries += tl.load(key_ptr + x + 1) - tl.load(key_ptr + x)
+    if entries == 0:
+        return
+    ACC: tl.constexpr = dk.dtype.element_ty
+    tokens = rows.to(tl.int64) * BLOCK
+    offset = (batch * HEADS + kv_head * (HEADS // KV_HEADS)).to(tl.int64) * tokens
+    key_offset = key_head.to(tl.int64) * key_tokens * DIM
+    keys = rows_of(k + key_offset, part * KEYS, KEYS, DIM, WIDTH, TYPE)
+    values = rows_of(v + key_offset, part * KEYS, KEYS, DIM, WIDTH, TYPE)
+    position = tl.load(key_base + source * slots + slot) + (part % PARTS) * KEYS
+    position = (position + tl.arange(0, KEYS))[:, None]
+    lo, hi = lo + batch * tokens, hi + batch * tokens
+    prefix_lo, prefix_hi = prefix_lo + batch * tokens, prefix_hi + batch * tokens
+    inside = tl.arange(0, QUERIES)
+    key_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
+    value_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
+    for member in range(LISTS):
+        mask_head = batch * MASK_HEADS + (kv_head * LISTS + member) * MASK_HEADS // (KV_HEADS * LISTS)
+        x = (mask_head * num_sources + source) * slots + slot
+        begin, end = tl.load(key_ptr + x), tl.load(key_ptr + x + 1)
+        full = tl.load(key_full + x)
+        first_head = offset + member * SHARE * tokens
+        entry = key_tiles + begin
+        row = tl.load(entry)
+        for i in range(0, full * STEP):
+            token = row * BLOCK + (i % SPLIT) * QUERIES
+            head = first_head + ((i // SPLIT) % SHARE) * tokens
+            row = tl.load(entry + (i + 1) // STEP)
+            queries = rows_of(q + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+            grads = rows_of(dout + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+            norm = tl.load(lse + head + token + inside) * LOG2E  # finite: these queries see keys
+            deltas = tl.load(delta + head + token + inside)
+            key_acc, value_acc = add_by_key(
+                queries,
+                keys,
+                values,
+                grads,
+                norm,
+                deltas,
+                None,
+                scale_log2,
+                key_acc,
+                value_acc,
+                False,
+                PRECISION,
+            )
+        for i in range(full * STEP, (end - begin) * STEP):
+            token = row * BLOCK + (i % SPLIT) * QUERIES
+            head = first_head + ((i // SPLIT) % SHARE) * tokens
+            row = tl.load(entry + (i + 1) // STEP)
+            queries = rows_of(q + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+            grads = rows_of(dout + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+            norm = log2_normaliser(lse + head, token + inside)
+            deltas = tl.load(delta + head + token + inside)
+            low, high = tl.load(lo + token + inside)[None, :], tl.load(hi + token + inside)[None, :]
+            prefix_low, prefix_high = low, high
+            if PREFIX:
+                prefix_low = tl.load(prefix_lo + token + inside)[None, :]
+                prefix_high = tl.load(prefix_hi + token + inside)[None, :]
+            seen = visible(position, low, high, prefix_low, prefix_high, PREFIX)
+            key_acc, value_acc = add_by_key(
+                queries,
+                keys,
+                values,
+                grads,
+                norm,
+                deltas,
+                seen,
+                scale_log2,
+                key_acc,
+                value_acc,
+                True,
+                PRECISION,
+            )
+    last = (part + 1) * KEYS
+    add_to(dk + key_offset, part * KEYS, last, key_acc * scale, KEYS, DIM, WIDTH)
+    add_to(dv + key_offset, part * KEYS, last, value_acc, KEYS, DIM, WIDTH)

@@ -1,0 +1,412 @@
+"""Portable Triton kernels for columns: single keys chosen for whole groups of query blocks.
+
+The keys and values of columns lie gathered in buffers of their own. A column counts for a row unless its
+tile is chosen there, and for a query if it is visible; both are looked up per element. The backward splits
+long sums over rows into a fixed number of parts that are added in order: deterministic, like the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bound import BoundPlan
+from .triton_backward import add_by_key, add_to, log2_normaliser, scores_by_query
+from .triton_forward import (
+    LOG2E,
+    accumulate,
+    check,
+    finish,
+    intervals,
+    launch,
+    options,
+    query_program,
+    resume,
+    rows_of,
+    visible,
+)
+
+_PROGRAMS = 512  # column tiles are split by rows until there are about so many programs
+_SCAN = tl.constexpr(128)  # rows looked at together when a column tile searches for its queries
+
+
+def column_lists(bound: BoundPlan) -> tuple[Tensor, ...]:
+    """Columns, their group per row (or a stand-in), and the range that each row can see."""
+    group = bound.column_begin if bound.column_group is None else bound.column_group
+    return bound.tiles, bound.columns, group, bound.column_begin, bound.column_end
+
+
+def forward_columns(q, ck, cv, bound: BoundPlan, out, lse, scale: float) -> None:
+    """Continues `out` and `lse` with the columns; a column inside a chosen tile is skipped."""
+    check(scale, (q, ck, cv), (out, lse))
+    batch, heads, _, _ = q.shape
+    groups, count = bound.columns.shape[2:]
+    if count == 0:
+        return
+    chosen, meta = options("forward_columns", q, bound)
+    arguments = (q.contiguous(), ck.contiguous(), cv.contiguous(), out, lse, *column_lists(bound))
+    launch(
+        _forward_columns,
+        batch * heads * bound.rows * (bound.block_size // chosen.queries),
+        q,
+        (*arguments, *intervals(bound), scale * LOG2E.value, bound.rows, groups, count, bound.tiles.shape[3]),
+        HEADS=heads,
+        KV_HEADS=ck.shape[1],
+        MASK_HEADS=bound.mask_heads,
+        COLUMN_HEADS=bound.columns.shape[1],
+        GROUPED=bound.column_group is not None,
+        **meta,
+    )
+
+
+def backward_columns(q, ck, cv, dout, lse, delta, bound: BoundPlan, dq, dck, dcv, scale: float) -> None:
+    """Adds the gradients of the columns to dq and to dck, dcv (shaped like ck)."""
+    check(scale, (q, ck, cv), (dq, dck, dcv))
+    batch, heads, _, _ = q.shape
+    kv_heads, groups, count = ck.shape[1:4]
+    if count == 0:
+        return
+    q, ck, cv, dout, lse, delta = (x.contiguous() for x in (q, ck, cv, dout, lse, delta))
+    tensors = (q, ck, cv, dout, lse, delta)
+    lists = (*column_lists(bound), *intervals(bound), scale * LOG2E.value, scale)
+    place = (bound.rows, groups, count, bound.tiles.shape[3])
+    shape = dict(
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        MASK_HEADS=bound.mask_heads,
+        COLUMN_HEADS=bound.columns.shape[1],
+        GROUPED=bound.column_group is not None,
+    )
+    chosen, meta = options("dq_columns", q, bound)
+    launch(
+        _dq_columns,
+        batch * heads * bound.rows * (bound.block_size // chosen.queries),
+        q,
+        (*tensors, dq, *lists, *place),
+        **shape,
+        **meta,
+    )
+    chosen, meta = options("dkv_columns", q, bound)
+    programs = batch * kv_heads * groups * triton.cdiv(count, chosen.keys)
+    splits = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(bound.rows, 4))
+    targets, stride = (dck, dcv), 0
+    if splits > 1:  # at most _PROGRAMS + programs tiles: summed in a fixed order
+        targets = [x.new_zeros(splits, *x.shape) for x in (dck, dcv)]
+        stride = dck.numel()
+    launch(
+        _dkv_columns,
+        programs * splits,
+        q,
+        (*tensors, *targets, *lists, *place, bound.plan.geometry.num_tokens, splits, stride),
+        **shape,
+        **meta,
+    )
+    if splits > 1:
+        for total, parts in zip((dck, dcv), targets, strict=True):
+            total.add_(torch.sum(parts, 0))
+
+
+@triton.jit
+def some_rows_of(
+    pointer, first, last, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr
+):
+    """The same with zeros from row `last` on."""
+    dims, rows = tl.arange(0, WIDTH), first + tl.arange(0, COUNT)
+    kept = (rows < last)[:, None]
+    if DIM != WIDTH:
+        kept = kept & (dims < DIM)[None, :]
+    return tl.load(pointer + rows[:, None] * DIM + dims[None, :], mask=kept, other=0.0).to(TYPE)
+
+
+@triton.jit
+def outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
+    """Whether the tile of each key position is absent from a row of the bitmask; False where not kept."""
+    block = position // BLOCK
+    word = tl.load(tiles + block // 32, mask=kept, other=-1)
+    return kept & (((word >> (block % 32)) & 1) == 0)
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
+def _forward_columns(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    tiles,
+    columns,
+    column_group,
+    column_begin,
+    column_end,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale,
+    rows,
+    groups,
+    count,
+    words,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    COLUMN_HEADS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
+    column_head = batch * COLUMN_HEADS + head * COLUMN_HEADS // HEADS
+    begin = tl.load(column_begin + column_head * rows + row)
+    end = tl.load(column_end + column_head * rows + row)
+    if begin >= end:
+        return
+    group = 0
+    if GROUPED:
+        group = tl.load(column_group + row)
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
+    key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
+    q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
+    k, v = k + key_offset, v + key_offset
+    columns = columns + (column_head.to(tl.int64) * groups + group) * count
+    mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
+    tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
+    places = token + tl.arange(0, QUERIES)
+    queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
+    interval = batch.to(tl.int64) * rows * BLOCK + places
+    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
+    prefix_low, prefix_high = low, high
+    if PREFIX:
+        prefix_low = tl.load(prefix_lo + interval)[:, None]
+        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    peak, total, acc = resume(out, lse, places, DIM, WIDTH)
+    for first in range(begin, end, KEYS):
+        index = first + tl.arange(0, KEYS)
+        position = tl.load(columns + index, mask=index < end, other=0)
+        keys = some_rows_of(k, first, end, KEYS, DIM, WIDTH, TYPE)
+        values = some_rows_of(v, first, end, KEYS, DIM, WIDTH, TYPE)
+        kept = outside_tiles(tiles, position, index < end, BLOCK)
+        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
+        peak, total, acc = accumulate(
+            queries, keys, values, seen & kept[None, :], scale, peak, total, acc, True, PRECISION
+        )
+    finish(out, lse, places, peak, total, acc, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
+def _dq_columns(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dq,
+    tiles,
+    columns,
+    column_group,
+    column_begin,
+    column_end,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale_log2,
+    scale,
+    rows,
+    groups,
+    count,
+    words,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    COLUMN_HEADS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
+    column_head = batch * COLUMN_HEADS + head * COLUMN_HEADS // HEADS
+    begin = tl.load(column_begin + column_head * rows + row)
+    end = tl.load(column_end + column_head * rows + row)
+    if begin >= end:
+        return
+    group = 0
+    if GROUPED:
+        group = tl.load(column_group + row)
+    ACC: tl.constexpr = dq.dtype.element_ty
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
+    key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
+    k, v = k + key_offset, v + key_offset
+    columns = columns + (column_head.to(tl.int64) * groups + group) * count
+    mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
+    tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
+    places = token + tl.arange(0, QUERIES)
+    queries = rows_of(q + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+    grads = rows_of(dout + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+    norm = log2_normaliser(lse + offset, places)
+    deltas = tl.load(delta + offset + places)
+    interval = batch.to(tl.int64) * rows * BLOCK + places
+    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
+    prefix_low, prefix_high = low, high
+    if PREFIX:
+        prefix_low = tl.load(prefix_lo + interval)[:, None]
+        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    acc = tl.zeros([QUERIES, WIDTH], dtype=ACC)
+    for first in range(begin, end, KEYS):
+        index = first + tl.arange(0, KEYS)
+        position = tl.load(columns + index, mask=index < end, other=0)
+        keys = some_rows_of(k, first, end, KEYS, DIM, WIDTH, TYPE)
+        values = some_rows_of(v, first, end, KEYS, DIM, WIDTH, TYPE)
+        kept = outside_tiles(tiles, position, index < end, BLOCK)
+        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
+        dscores = scores_by_query(
+            queries, keys, values, grads, norm, deltas, seen, scale_log2, True, PRECISION, ACC
+        )
+        acc = tl.dot(dscores, keys, acc, input_precision=PRECISION, out_dtype=ACC)
+    add_to(dq + offset * DIM, token, token + QUERIES, acc * scale, QUERIES, DIM, WIDTH)
+
+
+@triton.jit
+def _rows_that_see(begin, end, column_group, group, first, last, rows, GROUPED: tl.constexpr):
+    """Smallest range of rows that holds all rows of a group that may see columns [first, last)."""
+    top, bottom = rows, 0
+    for start in range(0, rows, _SCAN):
+        row = start + tl.arange(0, _SCAN)
+        inside = row < rows
+        live = inside & (tl.load(begin + row, mask=inside, other=0) < last)
+        live = live & (tl.load(end + row, mask=inside, other=0) > first)
+        if GROUPED:
+            live = live & (tl.load(column_group + row, mask=inside, other=-1) == group)
+        top = tl.minimum(top, tl.min(tl.where(live, row, rows)))
+        bottom = tl.maximum(bottom, tl.max(tl.where(live, row + 1, 0)))
+    return top, bottom
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "count", "words", "num_tokens", "splits"])
+def _dkv_columns(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    tiles,
+    columns,
+    column_group,
+    column_begin,
+    column_end,
+    lo,
+    hi,
+    prefix_lo,
+    prefix_hi,
+    scale_log2,
+    scale,
+    rows,
+    groups,
+    count,
+    words,
+    num_tokens,
+    splits,
+    split_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MASK_HEADS: tl.constexpr,
+    COLUMN_HEADS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PREFIX: tl.constexpr,
+    TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    SHARE: tl.constexpr = HEADS // KV_HEADS
+    SPLIT: tl.constexpr = BLOCK // QUERIES
+    pid = tl.program_id(0)
+    split = pid % splits
+    rest = pid // splits
+    parts = tl.cdiv(count, KEYS)
+    first = rest % parts * KEYS
+    key_group = rest // parts  # counts over batch, key head, group
+    group = key_group % groups
+    key_head = key_group // groups
+    batch = key_head // KV_HEADS
+    kv_head = key_head % KV_HEADS
+    column_head = batch * COLUMN_HEADS + kv_head * COLUMN_HEADS // KV_HEADS
+    top, bottom = _rows_that_see(
+        column_begin + column_head * rows,
+        column_end + column_head * rows,
+        column_group,
+        group,
+        first,
+        first + KEYS,
+        rows,
+        GROUPED,
+    )
+    share = tl.cdiv(tl.maximum(bottom - top, 0), splits)
+    top += split * share
+    bottom = tl.minimum(bottom, top + share)
+    if top >= bottom:
+        return
+    ACC: tl.constexpr = dk.dtype.element_ty
+    tokens = rows.to(tl.int64) * BLOCK
+    offset = (batch * HEADS + kv_head * SHARE).to(tl.int64) * tokens
+    key_offset = key_group.to(tl.int64) * count * DIM
+    index = first + tl.arange(0, KEYS)
+    columns = columns + (column_head.to(tl.int64) * groups + group) * count
+    position = tl.load(columns + index, mask=index < count, other=num_tokens)
+    valid = position < num_tokens
+    keys = some_rows_of(k + key_offset, first, count, KEYS, DIM, WIDTH, TYPE)
+    values = some_rows_of(v + key_offset, first, count, KEYS, DIM, WIDTH, TYPE)
+    lo, hi = lo + batch * tokens, hi + batch * tokens
+    prefix_lo, prefix_hi = prefix_lo + batch * tokens, prefix_hi + batch * tokens
+    inside = tl.arange(0, QUERIES)
+    key_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
+    value_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
+    for i in range(0, (bottom - top) * (SHARE * SPLIT)):
+        row = top + i // (SHARE * SPLIT)
+        member = (i // SPLIT) % SHARE
+        token = row * BLOCK + (i % SPLIT) * QUERIES
+        head = offset + member * tokens
+        queries = rows_of(q + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+        grads = rows_of(dout + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+        norm = log2_normaliser(lse + head, token + inside)
+        deltas = tl.load(delta + head + token + inside)
+        mask_head = batch * MASK_HEADS + (kv_head * SHARE + member) * MASK_HEADS // HEADS
+        kept = valid
+        if GROUPED:
+            kept = kept & (tl.load(column_group + row) == group)
+        kept = outside_tiles(tiles + (mask_head.to(tl.int64) * rows + row) * words, position, kept, BLOCK)
+        low, high = tl.load(lo + token + inside)[None, :], tl.load(hi + token + inside)[None, :]
+        prefix_low, prefix_high = low, high
+        if PREFIX:
+            prefix_low = tl.load(prefix_lo + token + inside)[None, :]
+            prefix_high = tl.load(prefix_hi + token + inside)[None, :]
+        seen = visible(position[:, None], low, high, prefix_low, prefix_high, PREFIX) & kept[:, None]
+        key_acc, value_acc = add_by_key(
+            queries, keys, values, grads, norm, deltas, seen, scale_log2, key_acc, value_acc, True, PRECISION
+        )
+    part = split.to(tl.int64) * split_stride + key_offset
+    add_to(dk + part, first, count, key_acc * scale, KEYS, DIM, WIDTH)
+    add_to(dv + part, first, count, value_acc, KEYS, DIM, WIDTH)

@@ -1,0 +1,37 @@
+"""`sparring train|report ...` is `python -m sparring.launch.train|report ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "train": "train a model on long text (one rank per process of torchrun)",
+    "report": "draw the report of a run again",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in COMMANDS:
+        leave_checkout()
+        importlib.import_module(f".{arguments[0]}", __package__).main(arguments[1:])
+        return
+    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    usage = "\n".join(["usage: sparring COMMAND [OPTIONS]", "", *lines])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return
+    raise SystemExit(f"unknown command {arguments[0]!r}\n\n{usage}" if arguments else usage)
+
+
+def leave_checkout() -> None:
+    """Take this checkout off `sys.path`, where `python -m` puts the working directory.
+
+    transformers would take the checkout's folder `kernels` for the package of that name and import it.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != checkout]

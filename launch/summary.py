@@ -1,0 +1,84 @@
+"""From what the engine reports to rows of metrics, and from those to the summary of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from ..balance import candidates, work_matrices
+from ..cp import ContextParallel, Report, Shard
+from .config import TrainConfig
+from .metrics import read_metrics
+
+
+def step_statistics(report: Report) -> dict[str, Any]:
+    """What `cp.report()` says of a step as a whole; bytes are those of all ranks and layers."""
+    names = "density recall worker_imbalance step_imbalance layout".split()
+    values = {name: getattr(report, name) for name in names}
+    return values | {"bytes": sum(report.bytes_moved.values())}
+
+
+def layer_statistics(report: Report) -> dict[str, list[float]]:
+    """Density of each layer, and recall where this step sampled it."""
+    density, recall = report.density_by_layer, report.recall_by_layer
+    rows = {"density": list(density.values())}
+    return rows | ({"recall": [recall[layer] for layer in density]} if recall else {})
+
+
+def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
+    """The work that the plans of `shard` give every rank in every ring step, under each layout.
+
+    Layouts are those that the planner weighed for this step, or would have, and the one in use. All
+    ranks call it. Work is in tiles, mean over heads, summed over layers; columns come last.
+    """
+    world, blocks, size = shard.transport.size, shard.geometry.num_blocks, shard.layout.block_size
+    tiles, columns = np.zeros((blocks, blocks)), np.zeros(blocks)
+    for plan in cp.plans(shard).values():
+        tiles += plan.tiles_bool().double().mean(1).sum(0).cpu().numpy()
+        if plan.columns is not None:
+            computed = (plan.column_elements() > 0).sum(3).double().mean(1).sum(0)
+            columns += computed.cpu().numpy() / size
+    table = shard.decision.table or candidates(blocks, world, size, tiles, columns)
+    layouts = [candidate.layout for candidate in table if candidate.layout.name != shard.layout.name]
+    layouts.append(shard.layout)
+    return [
+        {"layout": layout.name, "chosen": layout is shard.layout, "work": work.tolist()}
+        for layout, work in zip(layouts, work_matrices(layouts, tiles, columns), strict=True)
+    ]
+
+
+def summarize(
+    config: TrainConfig, metrics: Path, *, world_size: int, parameters: int, context: float
+) -> dict[str, Any]:
+    """The summary of a run from its metrics; means are over steps, what was not measured is None."""
+    rows = list(read_metrics(metrics, "train"))
+    last = {
+        kind: next((row["loss"] for row in reversed(list(read_metrics(metrics, kind)))), None)
+        for kind in ("train", "dense", "local")
+    }
+    return {
+        "pattern": config.pattern,
+        "steps": config.steps,
+        "seq_len": config.seq_len,
+        "mean_visible_context": context,
+        "world_size": world_size,
+        "parameters": parameters,
+        "loss_first": rows[0]["loss"],
+        "loss_last": last["train"],
+        "dense_loss_last": last["dense"],
+        "local_loss_last": last["local"],
+        "layout": rows[-1]["layout"],
+        "density": _mean(rows, "density"),
+        "recall": _mean(rows, "recall"),
+        "worker_imbalance": _mean(rows, "worker_imbalance"),
+        "step_imbalance": _mean(rows, "step_imbalance"),
+        "tokens_per_second": median(row["tokens_per_second"] for row in rows),
+    }
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return fmean(values) if values else None

@@ -1,0 +1,65 @@
+"""The ranks of a job: joined however it was started, and left when it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, their number, its device, and the mesh ("dp", "cp")."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def chief(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's data-parallel coordinate."""
+        return self.mesh.get_local_rank("dp")
+
+
+@contextmanager
+def join_world(config: TrainConfig) -> Iterator[World]:
+    """Join the process group of torchrun or Ray; a process started alone makes a group of one.
+
+    A group that exists already is used, and left as it was; one made here is destroyed at the end.
+    gloo on CPU; NCCL with one process per GPU.
+    """
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    joined = not dist.is_initialized()
+    if joined:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        launched = "RANK" in os.environ
+        dist.init_process_group("nccl" if cuda else "gloo", **({} if launched else alone))
+    try:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if size % config.dp:
+            raise ValueError(
+                f"{size} processes do not divide into dp={config.dp} groups; "
+                f"start a multiple of dp, or change --dp"
+            )
+        mesh = init_device_mesh(device.type, (config.dp, size // config.dp), mesh_dim_names=("dp", "cp"))
+        yield World(rank, size, device, mesh)
+    finally:
+        if joined:
+            dist.destroy_process_group()
