@@ -47,16 +47,17 @@ def sampled_recall(
     score all of them against their own keys.
     """
     count = max(1, samples // transport.size)
-    local = torch.linspace(0, q.shape[2] - 1, count, device=q.device).long()
-    rows, kept = q[:, :, local].float().contiguous(), lse[:, :, local].float().contiguous()
-    lo, hi = (x[:, geometry.positions[local]].contiguous() for x in (geometry.lo, geometry.hi))
-    rows, kept = transport.all_gather(rows), transport.all_gather(kept)  # [R, B, H, n, (D)]
-    bounds = [(transport.all_gather(lo), transport.all_gather(hi))]
-    if geometry.prefix_lo is not None:
-        prefix = (geometry.prefix_lo, geometry.prefix_hi)
-        bounds.append(
-            tuple(transport.all_gather(x[:, geometry.positions[local]].contiguous()) for x in prefix)
-        )
+    local = torch.linspace(0, max(0, q.shape[2] - 1), count, device=q.device).long()
+    bounds = list(geometry.intervals)
+    if q.shape[2] == 0:  # a rank without tokens takes part with queries that see nothing
+        q, lse = (torch.nn.functional.pad(x.movedim(2, -1), (0, 1)).movedim(-1, 2) for x in (q, lse))
+        bounds = [(lo.new_ones(len(lo), 1), lo.new_zeros(len(lo), 1)) for lo, _ in bounds]
+
+    def everywhere(x: Tensor) -> Tensor:
+        return transport.all_gather(x.contiguous())
+
+    rows, kept = everywhere(q[:, :, local].float()), everywhere(lse[:, :, local].float())
+    bounds = [(everywhere(lo[:, local]), everywhere(hi[:, local])) for lo, hi in bounds]
     keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
     at = geometry.positions
     visible = torch.zeros((), dtype=torch.bool, device=q.device)

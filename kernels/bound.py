@@ -86,7 +86,8 @@ class BoundPlan:
     @cached_property
     def work(self) -> Tensor:
         """float64 [M, R]: tiles of each row against each source, mean over mask heads, summed over B."""
-        counts = (self.row_ptr[1:] - self.row_ptr[:-1]).view(-1, self.mask_heads, self.rows, self.num_sources)
+        shape = (self.plan.geometry.batch, self.mask_heads, self.rows, self.num_sources)
+        counts = (self.row_ptr[1:] - self.row_ptr[:-1]).view(shape)
         return counts.double().mean(1).sum(0)
 
 
@@ -146,24 +147,24 @@ def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...], width: i
 def _lists(chosen: Tensor, full: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """CSR over the last dim of bool [..., n]: pointers, number of full entries, entries (full first)."""
     n = chosen.shape[-1]
-    chosen, full = chosen.reshape(-1, n), full.reshape(-1, n)
+    chosen, full = chosen.flatten(0, -2), full.flatten(0, -2)
     rank_full, rank_all = full.cumsum(1, dtype=torch.int32), chosen.cumsum(1, dtype=torch.int32)
-    num_full, count = rank_full[:, -1], rank_all[:, -1]
+    num_full, count = full.sum(1, dtype=torch.int32), chosen.sum(1, dtype=torch.int32)
     pointer = torch.nn.functional.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
     rank = torch.where(full, rank_full - 1, num_full[:, None] + (rank_all - rank_full) - 1)
     place = torch.where(chosen, pointer[:-1, None] + rank, capacity)  # one dump slot at the end
     entries = torch.zeros(capacity + 1, dtype=torch.int32, device=chosen.device)
     values = torch.arange(n, dtype=torch.int32, device=chosen.device).expand(chosen.shape[0], n)
     entries.scatter_(0, place.flatten().long(), values.flatten())
-    return pointer, num_full.contiguous(), entries
+    return pointer, num_full, entries
 
 
 def _column_ranges(plan: Plan) -> tuple[Tensor, Tensor]:
     """int32 [B, Hc, M] twice: first and one-past-last column that some query of a row may see."""
-    size = plan.geometry.block_size
+    shape = (len(plan.geometry.blocks), plan.geometry.block_size)
     lows, highs = zip(*plan.geometry.intervals, strict=True)
-    low = torch.stack(lows).amin(0).unflatten(1, (-1, size)).amin(2)
-    high = torch.stack(highs).amax(0).unflatten(1, (-1, size)).amax(2)
+    low = torch.stack(lows).amin(0).unflatten(1, shape).amin(2)
+    high = torch.stack(highs).amax(0).unflatten(1, shape).amax(2)
     columns = columns_of_rows(plan.columns, plan.column_group, low.shape[1]).contiguous()
     low, high = (x[:, None, :, None].expand(-1, columns.shape[1], -1, 1).contiguous() for x in (low, high))
     begin = torch.searchsorted(columns, low, out_int32=True)

@@ -19,11 +19,11 @@ def gather_columns(k: Tensor, plan: Plan) -> Tensor:
     Summing the results of all holders therefore gives the columns of the whole sequence.
     """
     index, held = _index(plan, k.shape[1])
-    batch, heads, groups, count = index.shape
-    k = k.repeat_interleave(heads // k.shape[1], 1)
-    index = index.flatten(2)[..., None].expand(-1, -1, -1, k.shape[3])
-    picked = torch.gather(k, 2, index).unflatten(2, (groups, count))
-    return picked * held[..., None]
+    if not plan.geometry.blocks:
+        return k.new_zeros(*index.shape, k.shape[3])
+    shared = index.unflatten(1, (k.shape[1], -1)).flatten(2)[..., None]  # by key head
+    picked = torch.gather(k, 2, shared.expand(-1, -1, -1, k.shape[3]))
+    return picked.view(*index.shape, -1) * held[..., None]
 
 
 def scatter_columns(dcolumns: Tensor, plan: Plan, dk: Tensor) -> None:
@@ -31,15 +31,15 @@ def scatter_columns(dcolumns: Tensor, plan: Plan, dk: Tensor) -> None:
 
     Columns are unique within one (head, group), and these are added one after the other: deterministic.
     """
-    kv_heads = dk.shape[1]
-    index, held = _index(plan, kv_heads)
+    if not plan.geometry.blocks:
+        return
+    index, held = _index(plan, dk.shape[1])
     dcolumns = dcolumns * held[..., None]
-    shared = index.shape[1] // kv_heads
+    shared = index.shape[1] // dk.shape[1]
     for member in range(shared):
         for group in range(index.shape[2]):
             places = index[:, member::shared, group][..., None].expand(-1, -1, -1, dk.shape[3])
-            spare = torch.zeros_like(dk).scatter_add_(2, places, dcolumns[:, member::shared, group])
-            dk.add_(spare)
+            dk.scatter_add_(2, places, dcolumns[:, member::shared, group])
 
 
 def _index(plan: Plan, kv_heads: int) -> tuple[Tensor, Tensor]:

@@ -170,8 +170,8 @@ class Geometry:
         empty = torch.ones((), dtype=torch.bool, device=self.device)
         full = torch.zeros((), dtype=torch.bool, device=self.device)
         for lo, hi in self.intervals:
-            lo = lo.unflatten(1, (-1, self.block_size))
-            hi = hi.unflatten(1, (-1, self.block_size))
+            lo = lo.unflatten(1, (len(self.blocks), self.block_size))
+            hi = hi.unflatten(1, (len(self.blocks), self.block_size))
             seen = (first <= hi.amax(2)[..., None]) & (last >= lo.amin(2)[..., None])
             covered = (first >= lo.amax(2)[..., None]) & (last <= hi.amin(2)[..., None])
             empty, full = empty & ~seen, full | covered
@@ -188,8 +188,8 @@ class Geometry:
         for start in range(0, max(1, len(self.blocks)), step):
             count = torch.zeros((), dtype=torch.int32, device=self.device)
             for lo, hi in self.intervals:
-                lo = lo.unflatten(1, (-1, self.block_size))[:, start : start + step, :, None]
-                hi = hi.unflatten(1, (-1, self.block_size))[:, start : start + step, :, None]
+                lo = lo.unflatten(1, (len(self.blocks), self.block_size))[:, start : start + step, :, None]
+                hi = hi.unflatten(1, (len(self.blocks), self.block_size))[:, start : start + step, :, None]
                 width = torch.minimum(hi, last) - torch.maximum(lo, first) + 1
                 count = count + width.clamp_(min=0).sum(2, dtype=torch.int32)
             chunks.append(count)

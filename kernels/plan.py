@@ -88,8 +88,8 @@ class Plan:
             empty = lo > hi  # such queries must cancel out of the difference below
             hi = torch.where(empty, lo, hi)
             shape = (columns.shape[1], -1, geometry.block_size)
-            lo = lo.unflatten(1, (-1, geometry.block_size)).sort(-1).values
-            hi = hi.unflatten(1, (-1, geometry.block_size)).sort(-1).values
+            lo = lo.unflatten(1, (len(geometry.blocks), geometry.block_size)).sort(-1).values
+            hi = hi.unflatten(1, (len(geometry.blocks), geometry.block_size)).sort(-1).values
             lo = lo[:, None].expand(-1, *shape).contiguous()
             hi = hi[:, None].expand(-1, *shape).contiguous()
             # A query sees the column if lo <= column and not hi < column.

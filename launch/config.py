@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 #: Settings that must be the same for a checkpoint to be resumed.
 RESUME_FIELDS = (
-    "data seed seq_len batch dp layers width heads kv_heads head_dim mlp pattern top_p block_size "
+    "data seed seq_len batch dp layers width heads kv_heads head_dim mlp pattern top_p max_density block_size "
     "steps lr warmup weight_decay clip dtype"
 ).split()
 
@@ -38,7 +38,8 @@ class TrainConfig:
     mlp: int = 512  # Inner width of the feed-forward part.
 
     pattern: str = "vertical-slash"  # Which keys each query sees: vertical-slash | sink-window | dense
-    top_p: float = 0.95  # Share of the estimated attention that vertical-slash keeps.
+    top_p: float = 0.95  # Share of the estimated attention that vertical-slash keeps, if it may.
+    max_density: float = 0.4  # Most of the visible pairs that vertical-slash keeps, in long documents.
     layout: str = "auto"  # Which rank holds which blocks: auto | contiguous | zigzag | striped
     exchange: str = "auto"  # How keys and values travel: auto | ring | ...
     block_size: int = 128  # Tokens of a block, the unit that is chosen, held and moved.
@@ -83,8 +84,9 @@ class TrainConfig:
                 f"warmup={self.warmup} must be less than steps={self.steps}, "
                 f"or the learning rate never decays"
             )
-        if not self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} is a share: it must be at most 1.0")
+        for name in ("top_p", "max_density"):
+            if getattr(self, name) > 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} is a share: it must be at most 1.0")
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` (from 0): every `save_every`, and at the end."""
@@ -101,7 +103,7 @@ class TrainConfig:
 
 
 _POSITIVE = (
-    "seq_len batch dp layers width heads kv_heads head_dim mlp block_size steps lr clip top_p keep log_every"
+    "seq_len batch dp layers width heads kv_heads head_dim mlp block_size steps lr clip top_p max_density keep log_every"
 ).split()
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16")}
 

@@ -53,11 +53,15 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
 def summarize(
     config: TrainConfig, metrics: Path, *, world_size: int, parameters: int, context: float
 ) -> dict[str, Any]:
-    """The summary of a run from its metrics; means are over steps, what was not measured is None."""
+    """The summary of a run from its metrics.
+
+    Rows of text differ, so each last loss is the mean of the last tenth of the steps. Other means are
+    over all steps that measured the value; what was not measured, or not run, is None.
+    """
     rows = list(read_metrics(metrics, "train"))
+    tail = max(1, config.steps // 10)
     last = {
-        kind: next((row["loss"] for row in reversed(list(read_metrics(metrics, kind)))), None)
-        for kind in ("train", "dense", "local")
+        kind: _mean(list(read_metrics(metrics, kind))[-tail:], "loss") for kind in ("train", "dense", "local")
     }
     return {
         "pattern": config.pattern,

@@ -108,9 +108,15 @@ def train_step(
 
 
 def build_pattern(config: TrainConfig) -> Pattern:
-    """The pattern that `config` names."""
+    """The pattern that `config` names; vertical-slash with the budgets of `max_density`.
+
+    A column, or a block diagonal, reaches at most 2 / S, or 2 / blocks, of the pairs that a causal
+    document of S tokens allows. Columns and diagonals get half of the density each.
+    """
     if config.pattern not in PATTERNS:
         raise ValueError(f"pattern={config.pattern!r} must be one of {sorted(PATTERNS)}")
-    if PATTERNS[config.pattern] is VerticalSlash:
-        return VerticalSlash(top_p=config.top_p)
-    return PATTERNS[config.pattern]()
+    if PATTERNS[config.pattern] is not VerticalSlash:
+        return PATTERNS[config.pattern]()
+    columns = max(32, int(config.max_density * config.seq_len / 4))
+    slashes = max(2, int(config.max_density * config.seq_len / config.block_size / 4))
+    return VerticalSlash(top_p=config.top_p, columns=(32, columns), slashes=(2, slashes))

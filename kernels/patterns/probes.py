@@ -83,6 +83,8 @@ def make_probes(geometry: Geometry, segment: int | None, local: int, length: int
 
 def gather_rows(q: Tensor, geometry: Geometry, probes: Probes) -> Tensor:
     """[W, H, P, D] probe queries, zeros where not held here: the holders' sum is the whole probe."""
+    if not geometry.blocks:
+        return q.new_zeros(len(probes.windows), q.shape[1], probes.rows.shape[1], q.shape[3])
     size = geometry.block_size
     slot = torch.full((geometry.num_blocks,), -1, dtype=torch.int64, device=q.device)
     slot[geometry.block_ids] = torch.arange(len(geometry.blocks), device=q.device)
@@ -98,7 +100,7 @@ def score(rows: Tensor, k: Tensor, geometry: Geometry, probes: Probes) -> Tensor
     size, dim = geometry.block_size, k.shape[3]
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     heads, kv_heads = rows.shape[1], k.shape[1]
-    keys = k.unflatten(2, (-1, size))
+    keys = k.unflatten(2, (len(geometry.blocks), size))
     rows = rows.to(dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [W, Hk, (H / Hk) * P, D]
     pairs, chunks = len(probes.pair_window), []
     for start in range(0, pairs, _PAIRS):
