@@ -75,6 +75,7 @@ def config(kernel: str, dim: int, itemsize: int, block_size: int, device: torch.
     if device.type == "cuda":
         limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         held, streamed = (2 * keys, 2 * queries) if "dkv" in kernel else (2 * queries, 2 * keys)
+        held = queries if "forward" in kernel else held
         while stages > 1 and (held + stages * streamed) * padded * itemsize > limit:
             stages -= 1
     return Config(queries, keys, warps, stages)
