@@ -144,8 +144,8 @@ def _dq(
     key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
     k, v = k + key_offset, v + key_offset
     places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
-    grads = rows_of(dout + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+    queries = rows_of(q + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
+    grads = rows_of(dout + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
     norm = log2_normaliser(lse + offset, places)
     deltas = tl.load(delta + offset + places)
     acc = tl.zeros([QUERIES, WIDTH], dtype=ACC)
@@ -155,8 +155,8 @@ def _dq(
     for i in range(0, full * SPLIT):
         first = slot * BLOCK + (i % SPLIT) * KEYS
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
         dscores = scores_by_query(
             queries, keys, values, grads, norm, deltas, None, scale_log2, False, PRECISION, ACC
         )
@@ -171,8 +171,8 @@ def _dq(
         first = slot * BLOCK + (i % SPLIT) * KEYS
         position = tl.load(key_base + source * slots + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
         dscores = scores_by_query(
             queries, keys, values, grads, norm, deltas, seen, scale_log2, True, PRECISION, ACC
@@ -245,8 +245,8 @@ def _dkv(
     tokens = rows.to(tl.int64) * BLOCK
     offset = (batch * HEADS + kv_head * (HEADS // KV_HEADS)).to(tl.int64) * tokens
     key_offset = key_head.to(tl.int64) * key_tokens * DIM
-    keys = rows_of(k + key_offset, part * KEYS, KEYS, DIM, WIDTH, TYPE)
-    values = rows_of(v + key_offset, part * KEYS, KEYS, DIM, WIDTH, TYPE)
+    keys = rows_of(k + key_offset, part * KEYS, key_square, DIM, WIDTH, TYPE)
+    values = rows_of(v + key_offset, part * KEYS, key_square, DIM, WIDTH, TYPE)
     position = tl.load(key_base + source * slots + slot) + (part % PARTS) * KEYS
     position = (position + tl.arange(0, KEYS))[:, None]
     lo, hi = lo + batch * tokens, hi + batch * tokens
@@ -266,8 +266,8 @@ def _dkv(
             token = row * BLOCK + (i % SPLIT) * QUERIES
             head = first_head + ((i // SPLIT) % SHARE) * tokens
             row = tl.load(entry + (i + 1) // STEP)
-            queries = rows_of(q + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
-            grads = rows_of(dout + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+            queries = rows_of(q + head * DIM, token, query_square, DIM, WIDTH, TYPE)
+            grads = rows_of(dout + head * DIM, token, query_square, DIM, WIDTH, TYPE)
             norm = tl.load(lse + head + token + inside) * LOG2E  # finite: these queries see keys
             deltas = tl.load(delta + head + token + inside)
             key_acc, value_acc = add_by_key(
@@ -288,8 +288,8 @@ def _dkv(
             token = row * BLOCK + (i % SPLIT) * QUERIES
             head = first_head + ((i // SPLIT) % SHARE) * tokens
             row = tl.load(entry + (i + 1) // STEP)
-            queries = rows_of(q + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
-            grads = rows_of(dout + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+            queries = rows_of(q + head * DIM, token, query_square, DIM, WIDTH, TYPE)
+            grads = rows_of(dout + head * DIM, token, query_square, DIM, WIDTH, TYPE)
             norm = log2_normaliser(lse + head, token + inside)
             deltas = tl.load(delta + head + token + inside)
             low, high = tl.load(lo + token + inside)[None, :], tl.load(hi + token + inside)[None, :]

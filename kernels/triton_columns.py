@@ -181,7 +181,7 @@ def _forward_columns(
     mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
     tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
     places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
+    queries = rows_of(q, token, query_square, DIM, WIDTH, TYPE)
     interval = batch.to(tl.int64) * rows * BLOCK + places
     low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
     prefix_low, prefix_high = low, high
@@ -192,8 +192,8 @@ def _forward_columns(
     for first in range(begin, end, KEYS):
         index = first + tl.arange(0, KEYS)
         position = tl.load(columns + index, mask=index < end, other=0)
-        keys = some_rows_of(k, first, end, KEYS, DIM, WIDTH, TYPE)
-        values = some_rows_of(v, first, end, KEYS, DIM, WIDTH, TYPE)
+        keys = some_rows_of(k, first, end, key_square, DIM, WIDTH, TYPE)
+        values = some_rows_of(v, first, end, key_square, DIM, WIDTH, TYPE)
         kept = outside_tiles(tiles, position, index < end, BLOCK)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
         peak, total, acc = accumulate(
@@ -258,8 +258,8 @@ def _dq_columns(
     mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
     tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
     places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
-    grads = rows_of(dout + offset * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+    queries = rows_of(q + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
+    grads = rows_of(dout + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
     norm = log2_normaliser(lse + offset, places)
     deltas = tl.load(delta + offset + places)
     interval = batch.to(tl.int64) * rows * BLOCK + places
@@ -272,8 +272,8 @@ def _dq_columns(
     for first in range(begin, end, KEYS):
         index = first + tl.arange(0, KEYS)
         position = tl.load(columns + index, mask=index < end, other=0)
-        keys = some_rows_of(k, first, end, KEYS, DIM, WIDTH, TYPE)
-        values = some_rows_of(v, first, end, KEYS, DIM, WIDTH, TYPE)
+        keys = some_rows_of(k, first, end, key_square, DIM, WIDTH, TYPE)
+        values = some_rows_of(v, first, end, key_square, DIM, WIDTH, TYPE)
         kept = outside_tiles(tiles, position, index < end, BLOCK)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
         dscores = scores_by_query(
@@ -377,8 +377,8 @@ def _dkv_columns(
     columns = columns + (column_head.to(tl.int64) * groups + group) * count
     position = tl.load(columns + index, mask=index < count, other=num_tokens)
     valid = position < num_tokens
-    keys = some_rows_of(k + key_offset, first, count, KEYS, DIM, WIDTH, TYPE)
-    values = some_rows_of(v + key_offset, first, count, KEYS, DIM, WIDTH, TYPE)
+    keys = some_rows_of(k + key_offset, first, count, key_square, DIM, WIDTH, TYPE)
+    values = some_rows_of(v + key_offset, first, count, key_square, DIM, WIDTH, TYPE)
     lo, hi = lo + batch * tokens, hi + batch * tokens
     prefix_lo, prefix_hi = prefix_lo + batch * tokens, prefix_hi + batch * tokens
     inside = tl.arange(0, QUERIES)
@@ -389,8 +389,8 @@ def _dkv_columns(
         member = (i // SPLIT) % SHARE
         token = row * BLOCK + (i % SPLIT) * QUERIES
         head = offset + member * tokens
-        queries = rows_of(q + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
-        grads = rows_of(dout + head * DIM, token, QUERIES, DIM, WIDTH, TYPE)
+        queries = rows_of(q + head * DIM, token, query_square, DIM, WIDTH, TYPE)
+        grads = rows_of(dout + head * DIM, token, query_square, DIM, WIDTH, TYPE)
         norm = log2_normaliser(lse + head, token + inside)
         deltas = tl.load(delta + head + token + inside)
         mask_head = batch * MASK_HEADS + (kv_head * SHARE + member) * MASK_HEADS // HEADS

@@ -163,15 +163,20 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float)
 
 
 @triton.jit
-def rows_of(pointer, first, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
-    """[COUNT, WIDTH]: consecutive rows of a [tokens, DIM] matrix, zeros beyond DIM."""
-    dims = tl.arange(0, WIDTH)
-    inside = tl.arange(0, COUNT)[:, None] * DIM + dims[None, :]  # the same in every iteration
-    places = pointer + first.to(tl.int64) * DIM + inside
+def square(COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[COUNT, WIDTH]: where COUNT consecutive rows of a [tokens, DIM] matrix lie."""
+    return tl.arange(0, COUNT)[:, None] * DIM + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def rows_of(pointer, first, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
+    """Rows of a [tokens, DIM] matrix from `first` on, places = square(...); zeros beyond DIM."""
+    pointer += first.to(tl.int64) * DIM
     if DIM == WIDTH:
-        return tl.load(places).to(TYPE)
+        return tl.load(pointer + places).to(TYPE)
     else:
-        return tl.load(places, mask=dims[None, :] < DIM, other=0.0).to(TYPE)
+        kept = (tl.arange(0, WIDTH) < DIM)[None, :]
+        return tl.load(pointer + places, mask=kept, other=0.0).to(TYPE)
 
 
 @triton.jit
@@ -285,7 +290,7 @@ def _forward(
     q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
     k, v = k + key_offset, v + key_offset
     places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q, token, QUERIES, DIM, WIDTH, TYPE)
+    queries = rows_of(q, token, query_square, DIM, WIDTH, TYPE)
     peak, total, acc = resume(out, lse, places, DIM, WIDTH)
     # The next entry is read one iteration ahead, so that the loads of keys do not wait for it.
     # Lists have one readable entry past their end.
@@ -295,8 +300,8 @@ def _forward(
     for i in range(0, full * SPLIT):
         first = slot * BLOCK + (i % SPLIT) * KEYS
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
         peak, total, acc = accumulate(queries, keys, values, None, scale, peak, total, acc, False, PRECISION)
     interval = batch.to(tl.int64) * rows * BLOCK + places
     low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
@@ -308,8 +313,8 @@ def _forward(
         first = slot * BLOCK + (i % SPLIT) * KEYS
         position = tl.load(key_base + first_slot + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, KEYS, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, KEYS, DIM, WIDTH, TYPE)
+        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
         peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
     finish(out, lse, places, peak, total, acc, DIM, WIDTH)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 
 #: Settings that must be the same for a checkpoint to be resumed.
 RESUME_FIELDS = (
-    "data seed seq_len batch dp layers width heads kv_heads head_dim mlp pattern top_p max_density block_size "
-    "steps lr warmup weight_decay clip dtype"
+    "data seed seq_len batch dp layers width heads kv_heads head_dim mlp pattern top_p max_density "
+    "block_size steps lr warmup weight_decay clip dtype"
 ).split()
 
 
@@ -44,9 +44,9 @@ class TrainConfig:
     exchange: str = "auto"  # How keys and values travel: auto | ring | ...
     block_size: int = 128  # Tokens of a block, the unit that is chosen, held and moved.
 
-    steps: int = 60  # Optimizer steps.
+    steps: int = 40  # Optimizer steps.
     lr: float = 4e-3  # Peak learning rate; cosine decay to a tenth of it.
-    warmup: int = 6  # Steps of linear warmup.
+    warmup: int = 4  # Steps of linear warmup.
     weight_decay: float = 0.1  # AdamW, on matrices only.
     clip: float = 1.0  # Largest gradient norm.
     dtype: str = "float32"  # float32 | bfloat16 (weights; the optimizer keeps fp32 copies)
@@ -103,7 +103,8 @@ class TrainConfig:
 
 
 _POSITIVE = (
-    "seq_len batch dp layers width heads kv_heads head_dim mlp block_size steps lr clip top_p max_density keep log_every"
+    "seq_len batch dp layers width heads kv_heads head_dim mlp block_size steps lr clip top_p "
+    "max_density keep log_every"
 ).split()
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16")}
 

@@ -1,0 +1,185 @@
+"""A pool of gloo processes per world size, started once: a distributed test then costs milliseconds.
+
+    results = pool.run(4, body, *args)     # body(*args) on 4 ranks; what each returned, in rank order
+
+`body` is a function of a module under tests/; arguments and results are pickled. A call that fails or
+exceeds its timeout ends only the processes of its own pool, and the next call starts fresh ones. Workers
+are forked from one server that has imported torch, so this takes about a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+TIMEOUT = 60.0  # seconds of one call
+PATIENCE = 20.0  # seconds that a worker waits for a peer: a hang ends in its traceback, not in a kill
+TAIL = 3000  # characters of a worker's output in a failure
+
+_pools: dict[tuple[int, float], Pool] = {}
+
+
+class PoolError(AssertionError):
+    """A rank raised, died or hung. The text has its traceback and the end of every rank's output."""
+
+
+def run(world: int, body, *args, timeout: float = TIMEOUT, patience: float = PATIENCE, last=False) -> list:
+    """body(*args) on `world` ranks of torch.distributed (gloo); what each returned, in rank order.
+
+    timeout: seconds of the whole call. patience: the timeout of the process groups. last: end the pool
+    after the call, for bodies that leave its groups out of step.
+    """
+    key = (world, patience)
+    if key not in _pools or not _pools[key].alive():
+        _pools[key] = Pool(world, patience)
+    try:
+        results = _pools[key].call(body, args, timeout)
+    except BaseException:
+        _pools.pop(key).close()
+        raise
+    if last:
+        _pools.pop(key).close()
+    return results
+
+
+@atexit.register
+def close() -> None:
+    """Ends all pools."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+class Pool:
+    """`world` processes that share a default process group and wait for calls."""
+
+    def __init__(self, world: int, patience: float):
+        import torch.distributed as dist
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "sparring.cp"])
+        self.world = world
+        # The server of the store lives here and lets the system pick its port: no two pools can clash.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.folder = tempfile.TemporaryDirectory(prefix="pool-")
+        self.logs = [Path(self.folder.name, f"rank{rank}") for rank in range(world)]
+        self.connections, self.workers = [], []
+        for rank in range(world):
+            here, there = context.Pipe()
+            arguments = (rank, world, self.store.port, patience, there, self.logs[rank])
+            worker = context.Process(target=_work, args=arguments, daemon=True)
+            worker.start()
+            there.close()
+            self.connections.append(here)
+            self.workers.append(worker)
+
+    def alive(self) -> bool:
+        return all(worker.is_alive() for worker in self.workers)
+
+    def call(self, body, args: tuple, timeout: float) -> list:
+        """Runs body(*args) on every rank. Raises PoolError at the first rank that fails."""
+        message = pickle.dumps((inspect.getfile(body), body.__qualname__, args))
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # a dead worker is noticed below
+                connection.send_bytes(message)
+        results: dict[int, object] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < self.world:
+            waiting = {self.connections[rank]: rank for rank in range(self.world) if rank not in results}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(waiting.values())
+                raise PoolError(f"ranks {late} did not finish within {timeout} s\n{self._output()}")
+            for connection in ready:
+                rank = waiting[connection]
+                try:
+                    done, value = pickle.loads(connection.recv_bytes())
+                except (EOFError, OSError):
+                    self.workers[rank].join(5)
+                    code = self.workers[rank].exitcode
+                    raise PoolError(f"rank {rank} died, exit code {code}\n{self._output()}") from None
+                if not done:
+                    raise PoolError(f"rank {rank} of {self.world} failed:\n{value}\n{self._output()}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world)]
+
+    def close(self) -> None:
+        """Kills the workers, each with its own children, and nothing else."""
+        for worker in self.workers:
+            if worker.is_alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
+        for worker in self.workers:
+            worker.join()
+        for connection in self.connections:
+            connection.close()
+        self.folder.cleanup()
+
+    def _output(self) -> str:
+        """The end of what every rank wrote."""
+        texts = [log.read_text(errors="replace")[-TAIL:] if log.exists() else "" for log in self.logs]
+        return "\n".join(f"--- end of the output of rank {rank}:\n{text}" for rank, text in enumerate(texts))
+
+
+# -- in the worker ------------------------------------------------------------------------------------
+
+
+def _work(rank: int, world: int, port: int, patience: float, connection: Connection, log: Path) -> None:
+    os.setsid()  # a process group of its own, by which it is killed
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"  # collectives that do not match raise on all ranks
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    calls: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, calls), daemon=True).start()
+    ready = False
+    while True:
+        path, name, args = pickle.loads(calls.get())
+        try:
+            if not ready:
+                seconds = datetime.timedelta(seconds=patience)
+                store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=seconds)
+                ready = True
+            answer = True, getattr(_module(path), name)(*args)
+        except BaseException:  # noqa: BLE001 - raised again by the caller's process
+            answer = False, traceback.format_exc()
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def _listen(connection: Connection, calls: queue.SimpleQueue) -> None:
+    """Passes on calls; when the caller's process has ended, so does this one, whatever it is doing."""
+    try:
+        while True:
+            calls.put(connection.recv_bytes())
+    finally:
+        os._exit(1)
+
+
+def _module(path: str):
+    """The test module at a path, imported once under its own name."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
