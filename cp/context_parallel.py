@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..balance import Decision, Layout, PlannerState, Statistics, resolve, ring
 from ..kernels.attention import check_inputs, check_mask_heads, steps
+from ..kernels.bound import prepare
 from ..kernels.geometry import Geometry
 from ..kernels.patterns import PATTERNS, Pattern
 from ..kernels.plan import Plan
@@ -24,7 +25,7 @@ from .estimate import sampled_recall
 from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
 from .mesh import connect
 from .record import Record, Report
-from .shard import KEYWORD, Shard, full_plans
+from .shard import Shard, full_plans
 from .transport import Alone, agree
 from .verify import Verification, verify_model
 
@@ -81,7 +82,7 @@ class ContextParallel:
         self._planner = PlannerState()
         self._statistics: Statistics | None = None
         self._pending: deque = deque()  # records of steps whose statistics have not been used yet
-        self._last: Shard | None = None
+        self._last: tuple | None = None  # record, transport and layout of the last shard
         self._replay: dict[Hashable, Plan] | None = None
         if self.everyone.rank == 0:
             print(self)
@@ -156,16 +157,15 @@ class ContextParallel:
             replayed=self._replay,
             sample_recall=bool(self.recall_every) and self._step % self.recall_every == 0,
         )
-        shard.inputs = self._inputs(batch, documents, shard)
+        shard.tensors = self._tensors(batch, documents, shard)
         shard.tokens = self._count_labels(shard)
         if transport is self.transport:
             self._check_agreement(shard, tokens)
             self._check_parameters()
             self._pending.append(shard.record)
-            self._last = shard
+            self._last = (shard.record, transport, shard.layout)
             self._step += 1
-        geometry.num_visible_tiles  # noqa: B018 - computed here, outside the step path
-        geometry.visible_elements  # noqa: B018
+        prepare(geometry, decision.layout.assignment)
         for pattern in self.patterns.values():
             pattern.prepare(geometry)
         return shard
@@ -190,7 +190,7 @@ class ContextParallel:
     def _reduced(self, step: Record | Statistics | None) -> Statistics | None:
         return step.statistics(self.transport, self.block_size) if isinstance(step, Record) else step
 
-    def _inputs(self, batch, documents, shard: Shard) -> dict[str, Any]:
+    def _tensors(self, batch, documents, shard: Shard) -> dict[str, Tensor]:
         size = shard.geometry.batch
         positions = position_ids(batch, documents, size, shard.length)
         inputs = {
@@ -198,7 +198,7 @@ class ContextParallel:
             for name in ("input_ids", "inputs_embeds")
             if name in batch
         }
-        return inputs | {"position_ids": _take(positions, shard.geometry, 0), KEYWORD: shard}
+        return inputs | {"position_ids": _take(positions, shard.geometry, 0)}
 
     def _count_labels(self, shard: Shard) -> int:
         if shard.labels is None:
@@ -326,11 +326,11 @@ class ContextParallel:
     # -- knowing ----------------------------------------------------------------------------------
 
     def report(self, shard: Shard | None = None) -> Report:
-        """Density, recall, imbalance and bytes of a shard (the last one), over the group. All ranks call it."""
-        shard = shard or self._last
-        if shard is None:
+        """Density, recall, imbalance, bytes of a shard (the last one) over the group. All ranks call it."""
+        if shard is None and self._last is None:
             raise ValueError("nothing to report yet; call shard and run the model first")
-        return shard.record.report(shard.transport, shard.layout, "ring")
+        of = self._last if shard is None else (shard.record, shard.transport, shard.layout)
+        return of[0].report(of[1], of[2], "ring")
 
     def plans(self, shard: Shard) -> dict[Hashable, Plan]:
         """Plans of the whole sequence by layer, for `replay`. All ranks call it."""

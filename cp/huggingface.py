@@ -115,7 +115,8 @@ class Head:
 
 
 def _pass_through(module: nn.Module, hidden: Tensor) -> Tensor:
-    getattr(module, ATTRIBUTE).passed = hidden
+    if not torch.compiler.is_compiling():
+        getattr(module, ATTRIBUTE).passed = hidden
     return hidden
 
 
@@ -240,6 +241,8 @@ def _check(model: nn.Module, whole_logits: bool) -> None:
             "copy.deepcopy(config)"
         )
     reasons = list(_unsupported(model))
+    if not reasons and not getattr(model, "supports_context_parallel", True):
+        reasons = ["supports_context_parallel = False"]
     if reasons:
         raise NotImplementedError(f"{type(model).__name__} has {', '.join(reasons)}; {SUPPORTED}")
     rules = [n for n in LOGIT_RULES if getattr(model.config, n, None) not in (None, 1)]
@@ -262,6 +265,10 @@ def _unsupported(model: nn.Module) -> Iterator[str]:
         return
     if model.get_output_embeddings() is None:
         yield "no language-model head"
+    if getattr(model, "_is_stateful", False):
+        yield "recurrent (linear attention, state-space) layers"
+    if not getattr(model, "_supports_attention_backend", False):
+        yield "attention that does not go through AttentionInterface"
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         others = sorted(set(layer_types) - {"full_attention"})
@@ -269,12 +276,6 @@ def _unsupported(model: nn.Module) -> Iterator[str]:
             yield f"layers of type {', '.join(others)}"
     elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         yield f"a sliding window of {config.sliding_window}"
-    elif getattr(model, "_is_stateful", False):
-        yield "recurrent (linear attention, state-space) layers"
-    elif not getattr(model, "_supports_attention_backend", False):
-        yield "attention that does not go through AttentionInterface"
-    elif not getattr(model, "supports_context_parallel", True):
-        yield "supports_context_parallel = False"
     for name in ("attn_logit_softcapping", "output_attentions", "output_router_logits"):
         if getattr(config, name, None):
             yield f"{name} = {getattr(config, name)}"
@@ -287,17 +288,10 @@ def _unsupported(model: nn.Module) -> Iterator[str]:
     numbered = {getattr(module, "layer_idx", None) for module in modules}
     if not numbered.issuperset(range(config.num_hidden_layers)):
         yield "attention modules without layer_idx"
-    for kind in sorted(set(_rope_types(config, modules))):
-        if "dynamic" in kind or kind == "longrope":
-            yield f"{kind} rotary frequencies, which depend on the longest position that a rank holds"
-
-
-def _rope_types(config, modules: list[nn.Module]) -> Iterator[str]:
-    pending = [getattr(config, "rope_parameters", None), *(getattr(m, "rope_type", None) for m in modules)]
-    while pending:
-        found = pending.pop()
-        if isinstance(found, dict):
-            pending += [x for name, x in found.items() if isinstance(x, dict) or "type" in name]
-            pending += [x for x in found.values() if isinstance(x, str)]
-        elif isinstance(found, str):
-            yield found
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [getattr(module, "rope_type", None) for module in modules]  # a name, or names by layer type
+    kinds += [parameters, *parameters.values()]
+    names = {x for kind in kinds for x in (kind.values() if isinstance(kind, dict) else [kind])}
+    for name in ("dynamic", "longrope"):
+        if name in names:
+            yield f"{name} rotary frequencies, which depend on the longest position that a rank holds"

@@ -30,7 +30,7 @@ KEYWORD = "sparring_shard"  # the model keyword that carries a shard to its atte
 class Shard:
     """This rank's part of a batch, made by ContextParallel.shard.
 
-    inputs: keywords for the model: tokens [B, S'], position_ids [B, S'] and the shard itself.
+    tensors: input_ids [B, S'] or inputs_embeds [B, S', E], and position_ids [B, S'].
     labels: int64 [B, S'], shifted before sharding, or None. S' is this rank's share of the padded length.
     tokens: number of labels with a loss in this batch, over all data and context-parallel ranks.
     length: tokens a row before padding. layout, decision: who holds what, and why.
@@ -46,11 +46,16 @@ class Shard:
     length: int
     labels: Tensor | None
     tokens: int
-    inputs: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     plans: dict[Hashable, Plan] = field(default_factory=dict)
     replayed: dict[Hashable, Plan] | None = None
     sample_recall: bool = False
     record: Record = field(default_factory=Record)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keywords for the model. Made when asked: a shard that held itself would outlive its step."""
+        return self.tensors | {KEYWORD: self}
 
     @property
     def local_length(self) -> int:

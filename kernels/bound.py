@@ -91,12 +91,18 @@ class BoundPlan:
         return counts.double().mean(1).sum(0)
 
 
+def prepare(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> None:
+    """Makes the tables that `bind` takes from a geometry. They wait for the device; a step must not."""
+    tables = (geometry.num_visible_tiles, geometry.visible_elements, geometry.intervals)
+    del tables  # cached properties are computed by being read
+    _slots(geometry, key_blocks)
+
+
 def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
     """Ties a plan to sources: key_blocks[s] lists the logical blocks that source s holds, in order."""
     geometry = plan.geometry
     size = geometry.block_size
-    sources, width = len(key_blocks), max(1, max(map(len, key_blocks)))
-    physical = geometry.memo(("slots", key_blocks), lambda: _slots(geometry, key_blocks, width))
+    physical, (sources, width) = _slots(geometry, key_blocks), _shape(key_blocks)
     capacity = plan.mask_heads * geometry.num_visible_tiles
     if capacity >= 2**31:
         raise ValueError(
@@ -133,15 +139,25 @@ def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
     )
 
 
-def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...], width: int) -> Tensor:
+def _shape(key_blocks: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
+    """Sources, and slots of each: the most blocks that one holds."""
+    return len(key_blocks), max(1, max(map(len, key_blocks)))
+
+
+def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> Tensor:
     """int64 [R * n]: the logical block in each slot, -1 where a source holds fewer than n."""
-    if sorted(sum(key_blocks, ())) != list(range(geometry.num_blocks)):
-        raise ValueError(
-            f"sources hold {sum(map(len, key_blocks))} blocks, the plan covers {geometry.num_blocks}; "
-            "every key block must be held by exactly one source"
-        )
-    slots = [block for held in key_blocks for block in (*held, *[-1] * (width - len(held)))]
-    return torch.tensor(slots, dtype=torch.int64, device=geometry.device)
+
+    def build() -> Tensor:
+        if sorted(sum(key_blocks, ())) != list(range(geometry.num_blocks)):
+            raise ValueError(
+                f"sources hold {sum(map(len, key_blocks))} blocks, the plan covers {geometry.num_blocks}; "
+                "every key block must be held by exactly one source"
+            )
+        width = _shape(key_blocks)[1]
+        slots = [block for held in key_blocks for block in (*held, *[-1] * (width - len(held)))]
+        return torch.tensor(slots, dtype=torch.int64, device=geometry.device)
+
+    return geometry.memo(("slots", key_blocks), build)
 
 
 def _lists(chosen: Tensor, full: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

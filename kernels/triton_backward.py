@@ -17,8 +17,10 @@ from .triton_forward import (
     intervals,
     launch,
     options,
+    query_intervals,
     query_program,
     rows_of,
+    square,
     visible,
 )
 
@@ -82,19 +84,18 @@ def add_by_key(q, k, v, dout, lse, delta, seen, scale, dk, dv, MASKED: tl.conste
 
 
 @triton.jit
-def log2_normaliser(lse, places):
-    """The final lse in base 2, finite where the query saw nothing."""
-    value = tl.load(lse + places)
-    return tl.where(value == float("-inf"), 0.0, value * LOG2E)
+def normaliser(lse, delta, COUNT: tl.constexpr):
+    """The final lse in base 2, finite where the query saw nothing, and delta."""
+    value = tl.load(lse + tl.arange(0, COUNT))
+    value = tl.where(value == float("-inf"), 0.0, value * LOG2E)
+    return value, tl.load(delta + tl.arange(0, COUNT))
 
 
 @triton.jit
-def add_to(target, first, last, x, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """target[first : first + COUNT] += x, rows below `last` only."""
-    dims, rows = tl.arange(0, WIDTH), first + tl.arange(0, COUNT)
-    kept = (rows < last)[:, None] & (dims < DIM)[None, :]
-    places = target + rows[:, None] * DIM + dims[None, :]
-    tl.store(places, tl.load(places, mask=kept, other=0.0) + x, mask=kept)
+def add_to(target, places, last, x, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds x to `last` consecutive rows from `target` on, places = square(...)."""
+    kept = (tl.arange(0, COUNT) < last)[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+    tl.store(target + places, tl.load(target + places, mask=kept, other=0.0) + x, mask=kept)
 
 
 @triton.jit(do_not_specialize=["source", "num_sources", "rows", "slots"])
@@ -140,45 +141,41 @@ def _dq(
         return
     full = tl.load(row_full + x)
     ACC: tl.constexpr = dq.dtype.element_ty
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
     key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
     k, v = k + key_offset, v + key_offset
-    places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
-    grads = rows_of(dout + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
-    norm = log2_normaliser(lse + offset, places)
-    deltas = tl.load(delta + offset + places)
+    query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
+    queries = rows_of(q + offset * DIM, query_square, DIM, WIDTH, TYPE)
+    grads = rows_of(dout + offset * DIM, query_square, DIM, WIDTH, TYPE)
+    norm, deltas = normaliser(lse + offset, delta + offset, QUERIES)
     acc = tl.zeros([QUERIES, WIDTH], dtype=ACC)
     SPLIT: tl.constexpr = BLOCK // KEYS
     entry = row_tiles + begin
     slot = tl.load(entry)
     for i in range(0, full * SPLIT):
-        first = slot * BLOCK + (i % SPLIT) * KEYS
+        first = (slot * BLOCK + (i % SPLIT) * KEYS).to(tl.int64) * DIM
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
+        keys = rows_of(k + first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v + first, key_square, DIM, WIDTH, TYPE)
         dscores = scores_by_query(
             queries, keys, values, grads, norm, deltas, None, scale_log2, False, PRECISION, ACC
         )
         acc = tl.dot(dscores, keys, acc, input_precision=PRECISION, out_dtype=ACC)
-    interval = batch.to(tl.int64) * rows * BLOCK + places
-    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
-    prefix_low, prefix_high = low, high
-    if PREFIX:
-        prefix_low = tl.load(prefix_lo + interval)[:, None]
-        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    low, high, prefix_low, prefix_high = query_intervals(
+        lo, hi, prefix_lo, prefix_hi, batch.to(tl.int64) * rows * BLOCK + token, QUERIES, PREFIX
+    )
     for i in range(full * SPLIT, (end - begin) * SPLIT):
-        first = slot * BLOCK + (i % SPLIT) * KEYS
+        first = (slot * BLOCK + (i % SPLIT) * KEYS).to(tl.int64) * DIM
         position = tl.load(key_base + source * slots + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
+        keys = rows_of(k + first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v + first, key_square, DIM, WIDTH, TYPE)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
         dscores = scores_by_query(
             queries, keys, values, grads, norm, deltas, seen, scale_log2, True, PRECISION, ACC
         )
         acc = tl.dot(dscores, keys, acc, input_precision=PRECISION, out_dtype=ACC)
-    add_to(dq + offset * DIM, token, token + QUERIES, acc * scale, QUERIES, DIM, WIDTH)
+    add_to(dq + offset * DIM, query_square, QUERIES, acc * scale, QUERIES, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["source", "num_sources", "rows", "slots"])
@@ -244,14 +241,12 @@ def _dkv(
     ACC: tl.constexpr = dk.dtype.element_ty
     tokens = rows.to(tl.int64) * BLOCK
     offset = (batch * HEADS + kv_head * (HEADS // KV_HEADS)).to(tl.int64) * tokens
-    key_offset = key_head.to(tl.int64) * key_tokens * DIM
-    keys = rows_of(k + key_offset, part * KEYS, key_square, DIM, WIDTH, TYPE)
-    values = rows_of(v + key_offset, part * KEYS, key_square, DIM, WIDTH, TYPE)
+    key_offset = (key_head.to(tl.int64) * key_tokens + part * KEYS) * DIM
+    query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
+    keys = rows_of(k + key_offset, key_square, DIM, WIDTH, TYPE)
+    values = rows_of(v + key_offset, key_square, DIM, WIDTH, TYPE)
     position = tl.load(key_base + source * slots + slot) + (part % PARTS) * KEYS
     position = (position + tl.arange(0, KEYS))[:, None]
-    lo, hi = lo + batch * tokens, hi + batch * tokens
-    prefix_lo, prefix_hi = prefix_lo + batch * tokens, prefix_hi + batch * tokens
-    inside = tl.arange(0, QUERIES)
     key_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
     value_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
     for member in range(LISTS):
@@ -264,12 +259,11 @@ def _dkv(
         row = tl.load(entry)
         for i in range(0, full * STEP):
             token = row * BLOCK + (i % SPLIT) * QUERIES
-            head = first_head + ((i // SPLIT) % SHARE) * tokens
+            place = first_head + ((i // SPLIT) % SHARE) * tokens + token
             row = tl.load(entry + (i + 1) // STEP)
-            queries = rows_of(q + head * DIM, token, query_square, DIM, WIDTH, TYPE)
-            grads = rows_of(dout + head * DIM, token, query_square, DIM, WIDTH, TYPE)
-            norm = tl.load(lse + head + token + inside) * LOG2E  # finite: these queries see keys
-            deltas = tl.load(delta + head + token + inside)
+            queries = rows_of(q + place * DIM, query_square, DIM, WIDTH, TYPE)
+            grads = rows_of(dout + place * DIM, query_square, DIM, WIDTH, TYPE)
+            norm, deltas = normaliser(lse + place, delta + place, QUERIES)
             key_acc, value_acc = add_by_key(
                 queries,
                 keys,
@@ -286,17 +280,14 @@ def _dkv(
             )
         for i in range(full * STEP, (end - begin) * STEP):
             token = row * BLOCK + (i % SPLIT) * QUERIES
-            head = first_head + ((i // SPLIT) % SHARE) * tokens
+            place = first_head + ((i // SPLIT) % SHARE) * tokens + token
             row = tl.load(entry + (i + 1) // STEP)
-            queries = rows_of(q + head * DIM, token, query_square, DIM, WIDTH, TYPE)
-            grads = rows_of(dout + head * DIM, token, query_square, DIM, WIDTH, TYPE)
-            norm = log2_normaliser(lse + head, token + inside)
-            deltas = tl.load(delta + head + token + inside)
-            low, high = tl.load(lo + token + inside)[None, :], tl.load(hi + token + inside)[None, :]
-            prefix_low, prefix_high = low, high
-            if PREFIX:
-                prefix_low = tl.load(prefix_lo + token + inside)[None, :]
-                prefix_high = tl.load(prefix_hi + token + inside)[None, :]
+            queries = rows_of(q + place * DIM, query_square, DIM, WIDTH, TYPE)
+            grads = rows_of(dout + place * DIM, query_square, DIM, WIDTH, TYPE)
+            norm, deltas = normaliser(lse + place, delta + place, QUERIES)
+            low, high, prefix_low, prefix_high = query_intervals(
+                lo, hi, prefix_lo, prefix_hi, batch * tokens + token, QUERIES, PREFIX
+            )
             seen = visible(position, low, high, prefix_low, prefix_high, PREFIX)
             key_acc, value_acc = add_by_key(
                 queries,
@@ -312,6 +303,5 @@ def _dkv(
                 True,
                 PRECISION,
             )
-    last = (part + 1) * KEYS
-    add_to(dk + key_offset, part * KEYS, last, key_acc * scale, KEYS, DIM, WIDTH)
-    add_to(dv + key_offset, part * KEYS, last, value_acc, KEYS, DIM, WIDTH)
+    add_to(dk + key_offset, key_square, KEYS, key_acc * scale, KEYS, DIM, WIDTH)
+    add_to(dv + key_offset, key_square, KEYS, value_acc, KEYS, DIM, WIDTH)

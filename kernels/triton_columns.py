@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bound import BoundPlan
-from .triton_backward import add_by_key, add_to, log2_normaliser, scores_by_query
+from .triton_backward import add_by_key, add_to, normaliser, scores_by_query
 from .triton_forward import (
     LOG2E,
     accumulate,
@@ -22,9 +22,11 @@ from .triton_forward import (
     intervals,
     launch,
     options,
+    query_intervals,
     query_program,
     resume,
     rows_of,
+    square,
     visible,
 )
 
@@ -109,19 +111,18 @@ def backward_columns(q, ck, cv, dout, lse, delta, bound: BoundPlan, dq, dck, dcv
 
 
 @triton.jit
-def some_rows_of(
-    pointer, first, last, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr
+def _some_rows_of(
+    pointer, places, last, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr
 ):
-    """The same with zeros from row `last` on."""
-    dims, rows = tl.arange(0, WIDTH), first + tl.arange(0, COUNT)
-    kept = (rows < last)[:, None]
+    """The first `last` of COUNT consecutive rows from `pointer` on, zeros for the others."""
+    kept = (tl.arange(0, COUNT) < last)[:, None]
     if DIM != WIDTH:
-        kept = kept & (dims < DIM)[None, :]
-    return tl.load(pointer + rows[:, None] * DIM + dims[None, :], mask=kept, other=0.0).to(TYPE)
+        kept = kept & (tl.arange(0, WIDTH) < DIM)[None, :]
+    return tl.load(pointer + places, mask=kept, other=0.0).to(TYPE)
 
 
 @triton.jit
-def outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
+def _outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
     """Whether the tile of each key position is absent from a row of the bitmask; False where not kept."""
     block = position // BLOCK
     word = tl.load(tiles + block // 32, mask=kept, other=-1)
@@ -172,34 +173,30 @@ def _forward_columns(
     group = 0
     if GROUPED:
         group = tl.load(column_group + row)
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
     key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
     key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
-    q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
     k, v = k + key_offset, v + key_offset
     columns = columns + (column_head.to(tl.int64) * groups + group) * count
     mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
     tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
-    places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q, token, query_square, DIM, WIDTH, TYPE)
-    interval = batch.to(tl.int64) * rows * BLOCK + places
-    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
-    prefix_low, prefix_high = low, high
-    if PREFIX:
-        prefix_low = tl.load(prefix_lo + interval)[:, None]
-        prefix_high = tl.load(prefix_hi + interval)[:, None]
-    peak, total, acc = resume(out, lse, places, DIM, WIDTH)
-    for first in range(begin, end, KEYS):
-        index = first + tl.arange(0, KEYS)
-        position = tl.load(columns + index, mask=index < end, other=0)
-        keys = some_rows_of(k, first, end, key_square, DIM, WIDTH, TYPE)
-        values = some_rows_of(v, first, end, key_square, DIM, WIDTH, TYPE)
-        kept = outside_tiles(tiles, position, index < end, BLOCK)
-        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
-        peak, total, acc = accumulate(
-            queries, keys, values, seen & kept[None, :], scale, peak, total, acc, True, PRECISION
-        )
-    finish(out, lse, places, peak, total, acc, DIM, WIDTH)
+    low, high, prefix_low, prefix_high = query_intervals(
+        lo, hi, prefix_lo, prefix_hi, batch.to(tl.int64) * rows * BLOCK + token, QUERIES, PREFIX
+    )
+    query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
+    queries = rows_of(q + offset * DIM, query_square, DIM, WIDTH, TYPE)
+    peak, total, acc = resume(out + offset * DIM, lse + offset, query_square, QUERIES, DIM, WIDTH)
+    for i in range(0, tl.cdiv(end - begin, KEYS)):
+        first = begin + i * KEYS
+        kept = tl.arange(0, KEYS) < end - first
+        position = tl.load(columns + first + tl.arange(0, KEYS), mask=kept, other=0)
+        place = first.to(tl.int64) * DIM
+        keys = _some_rows_of(k + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
+        values = _some_rows_of(v + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
+        kept = _outside_tiles(tiles, position, kept, BLOCK)
+        seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
+        peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
+    finish(out + offset * DIM, lse + offset, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
@@ -250,37 +247,35 @@ def _dq_columns(
     if GROUPED:
         group = tl.load(column_group + row)
     ACC: tl.constexpr = dq.dtype.element_ty
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
     key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
     key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
     k, v = k + key_offset, v + key_offset
     columns = columns + (column_head.to(tl.int64) * groups + group) * count
     mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
     tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
-    places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
-    grads = rows_of(dout + offset * DIM, token, query_square, DIM, WIDTH, TYPE)
-    norm = log2_normaliser(lse + offset, places)
-    deltas = tl.load(delta + offset + places)
-    interval = batch.to(tl.int64) * rows * BLOCK + places
-    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
-    prefix_low, prefix_high = low, high
-    if PREFIX:
-        prefix_low = tl.load(prefix_lo + interval)[:, None]
-        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    low, high, prefix_low, prefix_high = query_intervals(
+        lo, hi, prefix_lo, prefix_hi, batch.to(tl.int64) * rows * BLOCK + token, QUERIES, PREFIX
+    )
+    query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
+    queries = rows_of(q + offset * DIM, query_square, DIM, WIDTH, TYPE)
+    grads = rows_of(dout + offset * DIM, query_square, DIM, WIDTH, TYPE)
+    norm, deltas = normaliser(lse + offset, delta + offset, QUERIES)
     acc = tl.zeros([QUERIES, WIDTH], dtype=ACC)
-    for first in range(begin, end, KEYS):
-        index = first + tl.arange(0, KEYS)
-        position = tl.load(columns + index, mask=index < end, other=0)
-        keys = some_rows_of(k, first, end, key_square, DIM, WIDTH, TYPE)
-        values = some_rows_of(v, first, end, key_square, DIM, WIDTH, TYPE)
-        kept = outside_tiles(tiles, position, index < end, BLOCK)
+    for i in range(0, tl.cdiv(end - begin, KEYS)):
+        first = begin + i * KEYS
+        kept = tl.arange(0, KEYS) < end - first
+        position = tl.load(columns + first + tl.arange(0, KEYS), mask=kept, other=0)
+        place = first.to(tl.int64) * DIM
+        keys = _some_rows_of(k + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
+        values = _some_rows_of(v + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
+        kept = _outside_tiles(tiles, position, kept, BLOCK)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
         dscores = scores_by_query(
             queries, keys, values, grads, norm, deltas, seen, scale_log2, True, PRECISION, ACC
         )
         acc = tl.dot(dscores, keys, acc, input_precision=PRECISION, out_dtype=ACC)
-    add_to(dq + offset * DIM, token, token + QUERIES, acc * scale, QUERIES, DIM, WIDTH)
+    add_to(dq + offset * DIM, query_square, QUERIES, acc * scale, QUERIES, DIM, WIDTH)
 
 
 @triton.jit
@@ -372,41 +367,37 @@ def _dkv_columns(
     ACC: tl.constexpr = dk.dtype.element_ty
     tokens = rows.to(tl.int64) * BLOCK
     offset = (batch * HEADS + kv_head * SHARE).to(tl.int64) * tokens
-    key_offset = key_group.to(tl.int64) * count * DIM
-    index = first + tl.arange(0, KEYS)
-    columns = columns + (column_head.to(tl.int64) * groups + group) * count
-    position = tl.load(columns + index, mask=index < count, other=num_tokens)
+    key_offset = (key_group.to(tl.int64) * count + first) * DIM
+    columns = columns + (column_head.to(tl.int64) * groups + group) * count + first
+    valid = tl.arange(0, KEYS) < count - first
+    position = tl.load(columns + tl.arange(0, KEYS), mask=valid, other=num_tokens)
     valid = position < num_tokens
-    keys = some_rows_of(k + key_offset, first, count, key_square, DIM, WIDTH, TYPE)
-    values = some_rows_of(v + key_offset, first, count, key_square, DIM, WIDTH, TYPE)
-    lo, hi = lo + batch * tokens, hi + batch * tokens
-    prefix_lo, prefix_hi = prefix_lo + batch * tokens, prefix_hi + batch * tokens
-    inside = tl.arange(0, QUERIES)
+    query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
+    keys = _some_rows_of(k + key_offset, key_square, count - first, KEYS, DIM, WIDTH, TYPE)
+    values = _some_rows_of(v + key_offset, key_square, count - first, KEYS, DIM, WIDTH, TYPE)
     key_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
     value_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
     for i in range(0, (bottom - top) * (SHARE * SPLIT)):
         row = top + i // (SHARE * SPLIT)
         member = (i // SPLIT) % SHARE
         token = row * BLOCK + (i % SPLIT) * QUERIES
-        head = offset + member * tokens
-        queries = rows_of(q + head * DIM, token, query_square, DIM, WIDTH, TYPE)
-        grads = rows_of(dout + head * DIM, token, query_square, DIM, WIDTH, TYPE)
-        norm = log2_normaliser(lse + head, token + inside)
-        deltas = tl.load(delta + head + token + inside)
-        mask_head = batch * MASK_HEADS + (kv_head * SHARE + member) * MASK_HEADS // HEADS
+        place = offset + member * tokens + token
+        queries = rows_of(q + place * DIM, query_square, DIM, WIDTH, TYPE)
+        grads = rows_of(dout + place * DIM, query_square, DIM, WIDTH, TYPE)
+        norm, deltas = normaliser(lse + place, delta + place, QUERIES)
+        low, high, prefix_low, prefix_high = query_intervals(
+            lo, hi, prefix_lo, prefix_hi, batch * tokens + token, QUERIES, PREFIX
+        )
         kept = valid
         if GROUPED:
             kept = kept & (tl.load(column_group + row) == group)
-        kept = outside_tiles(tiles + (mask_head.to(tl.int64) * rows + row) * words, position, kept, BLOCK)
-        low, high = tl.load(lo + token + inside)[None, :], tl.load(hi + token + inside)[None, :]
-        prefix_low, prefix_high = low, high
-        if PREFIX:
-            prefix_low = tl.load(prefix_lo + token + inside)[None, :]
-            prefix_high = tl.load(prefix_hi + token + inside)[None, :]
+        mask_head = batch * MASK_HEADS + (kv_head * SHARE + member) * MASK_HEADS // HEADS
+        bits = tiles + (mask_head.to(tl.int64) * rows + row) * words
+        kept = _outside_tiles(bits, position, kept, BLOCK)
         seen = visible(position[:, None], low, high, prefix_low, prefix_high, PREFIX) & kept[:, None]
         key_acc, value_acc = add_by_key(
             queries, keys, values, grads, norm, deltas, seen, scale_log2, key_acc, value_acc, True, PRECISION
         )
     part = split.to(tl.int64) * split_stride + key_offset
-    add_to(dk + part, first, count, key_acc * scale, KEYS, DIM, WIDTH)
-    add_to(dv + part, first, count, value_acc, KEYS, DIM, WIDTH)
+    add_to(dk + part, key_square, count - first, key_acc * scale, KEYS, DIM, WIDTH)
+    add_to(dv + part, key_square, count - first, value_acc, KEYS, DIM, WIDTH)

@@ -169,14 +169,12 @@ def square(COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def rows_of(pointer, first, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
-    """Rows of a [tokens, DIM] matrix from `first` on, places = square(...); zeros beyond DIM."""
-    pointer += first.to(tl.int64) * DIM
+def rows_of(pointer, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
+    """Consecutive rows of a [tokens, DIM] matrix from `pointer` on, places = square(...); zeros beyond DIM."""
     if DIM == WIDTH:
         return tl.load(pointer + places).to(TYPE)
     else:
-        kept = (tl.arange(0, WIDTH) < DIM)[None, :]
-        return tl.load(pointer + places, mask=kept, other=0.0).to(TYPE)
+        return tl.load(pointer + places, mask=(tl.arange(0, WIDTH) < DIM)[None, :], other=0.0).to(TYPE)
 
 
 @triton.jit
@@ -199,11 +197,13 @@ def query_program(
 
 
 @triton.jit
-def visible(position, lo, hi, prefix_lo, prefix_hi, PREFIX: tl.constexpr):
-    """Whether queries see key positions; the arguments broadcast."""
-    seen = (position >= lo) & (position <= hi)
+def visible(position, low, high, prefix_low, prefix_high, PREFIX: tl.constexpr):
+    """Whether queries see key positions; position is [1, keys] or [keys, 1], the others [queries]."""
+    AXIS: tl.constexpr = 1 if position.shape[0] == 1 else 0
+    seen = (position >= tl.expand_dims(low, AXIS)) & (position <= tl.expand_dims(high, AXIS))
     if PREFIX:
-        seen = seen | ((position >= prefix_lo) & (position <= prefix_hi))
+        prefix = position >= tl.expand_dims(prefix_low, AXIS)
+        seen = seen | (prefix & (position <= tl.expand_dims(prefix_high, AXIS)))
     return seen
 
 
@@ -225,25 +225,32 @@ def accumulate(q, k, v, seen, scale, peak, total, acc, MASKED: tl.constexpr, PRE
 
 
 @triton.jit
-def resume(out, lse, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def resume(out, lse, places, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """peak, total, acc from the carried state; rows that have seen nothing are not read."""
-    dims = tl.arange(0, WIDTH)
-    peak = tl.load(lse + places)
+    peak = tl.load(lse + tl.arange(0, COUNT))
     started = peak != float("-inf")
-    acc = tl.load(
-        out + places[:, None] * DIM + dims[None, :],
-        mask=started[:, None] & (dims < DIM)[None, :],
-        other=0.0,
-    )
+    kept = started[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+    acc = tl.load(out + places, mask=kept, other=0.0)
     return peak * LOG2E, tl.where(started, 1.0, 0.0).to(acc.dtype), acc
 
 
 @triton.jit
-def finish(out, lse, places, peak, total, acc, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    dims = tl.arange(0, WIDTH)
+def finish(out, lse, places, peak, total, acc, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Stores the state that `resume` reads."""
     total = tl.where(total == 0.0, 1.0, total)  # peak is -inf there
-    tl.store(lse + places, (peak + tl.log2(total)) * LN2)
-    tl.store(out + places[:, None] * DIM + dims[None, :], acc / total[:, None], mask=(dims < DIM)[None, :])
+    tl.store(lse + tl.arange(0, COUNT), (peak + tl.log2(total)) * LN2)
+    tl.store(out + places, acc / total[:, None], mask=(tl.arange(0, WIDTH) < DIM)[None, :])
+
+
+@triton.jit
+def query_intervals(lo, hi, prefix_lo, prefix_hi, first, COUNT: tl.constexpr, PREFIX: tl.constexpr):
+    """lo, hi, prefix_lo, prefix_hi [COUNT] of the queries from `first` on (counted over the batch)."""
+    places = first + tl.arange(0, COUNT)
+    low, high = tl.load(lo + places), tl.load(hi + places)
+    prefix_low, prefix_high = low, high
+    if PREFIX:
+        prefix_low, prefix_high = tl.load(prefix_lo + places), tl.load(prefix_hi + places)
+    return low, high, prefix_low, prefix_high
 
 
 @triton.jit(do_not_specialize=["source", "num_sources", "first_slot", "rows"])
@@ -285,36 +292,33 @@ def _forward(
     if begin == end:
         return
     full = tl.load(row_full + x)
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK
+    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
     key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
     q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
     k, v = k + key_offset, v + key_offset
-    places = token + tl.arange(0, QUERIES)
-    queries = rows_of(q, token, query_square, DIM, WIDTH, TYPE)
-    peak, total, acc = resume(out, lse, places, DIM, WIDTH)
+    query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
+    queries = rows_of(q, query_square, DIM, WIDTH, TYPE)
+    peak, total, acc = resume(out, lse, query_square, QUERIES, DIM, WIDTH)
     # The next entry is read one iteration ahead, so that the loads of keys do not wait for it.
     # Lists have one readable entry past their end.
     SPLIT: tl.constexpr = BLOCK // KEYS
     entry = row_tiles + begin
     slot = tl.load(entry)
     for i in range(0, full * SPLIT):
-        first = slot * BLOCK + (i % SPLIT) * KEYS
+        first = (slot * BLOCK + (i % SPLIT) * KEYS).to(tl.int64) * DIM
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
+        keys = rows_of(k + first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v + first, key_square, DIM, WIDTH, TYPE)
         peak, total, acc = accumulate(queries, keys, values, None, scale, peak, total, acc, False, PRECISION)
-    interval = batch.to(tl.int64) * rows * BLOCK + places
-    low, high = tl.load(lo + interval)[:, None], tl.load(hi + interval)[:, None]
-    prefix_low, prefix_high = low, high
-    if PREFIX:
-        prefix_low = tl.load(prefix_lo + interval)[:, None]
-        prefix_high = tl.load(prefix_hi + interval)[:, None]
+    low, high, prefix_low, prefix_high = query_intervals(
+        lo, hi, prefix_lo, prefix_hi, batch.to(tl.int64) * rows * BLOCK + token, QUERIES, PREFIX
+    )
     for i in range(full * SPLIT, (end - begin) * SPLIT):
-        first = slot * BLOCK + (i % SPLIT) * KEYS
+        first = (slot * BLOCK + (i % SPLIT) * KEYS).to(tl.int64) * DIM
         position = tl.load(key_base + first_slot + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
         slot = tl.load(entry + (i + 1) // SPLIT)
-        keys = rows_of(k, first, key_square, DIM, WIDTH, TYPE)
-        values = rows_of(v, first, key_square, DIM, WIDTH, TYPE)
+        keys = rows_of(k + first, key_square, DIM, WIDTH, TYPE)
+        values = rows_of(v + first, key_square, DIM, WIDTH, TYPE)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
         peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
-    finish(out, lse, places, peak, total, acc, DIM, WIDTH)
+    finish(out, lse, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
