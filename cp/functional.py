@@ -4,7 +4,7 @@ While an attached module runs, a TorchFunctionMode sees every call of scaled_dot
 checkpointing runs parts of the module again, after forward has returned and possibly in another thread, and
 several shards may wait for that. So each wrapped forward leaves a mark, a weak reference to its shard, on
 the storage of the tensors that go in and out. A part that runs again outside any forward finds its shard by
-the marks of its arguments: checkpointing keeps exactly those alive.
+the marks of its arguments: checkpointing keeps exactly those alive. The graph keeps the shard alive.
 
 What cannot be found is refused: checkpoint whole modules whose arguments are tensors that came from the
 model's modules or its caller, not functions around a bare scaled_dot_product_attention.
@@ -37,6 +37,7 @@ SUPPORTED = (
     "supported is scaled_dot_product_attention(q, k, v, is_causal=True, scale=..., enable_gqa=...) with "
     "q [B, H, S', D] and k, v [B, Hk, S', D]; documents and padding belong in cp.shard(batch)"
 )
+ATTENTIONS = ("attention", "attn", "transformer_encoder")  # in names of functions that would stay local
 CHECKPOINT = "checkpoint whole modules whose arguments are tensors that modules of the model made or got"
 
 
@@ -60,7 +61,6 @@ class Scope:
     """One uninterrupted run of the model, or of a part again, in one thread. shard None: not found."""
 
     shard: Shard | None
-    whole: bool  # the model from its start, not a part again
     frames: list[Frame] = field(default_factory=list)
     layers: set[tuple[str, int]] = field(default_factory=set)
 
@@ -106,14 +106,17 @@ class FunctionalAttachment:
             self.check(shard, args, kwargs)
         else:
             shard = _find(args, kwargs)
-        scope = self.running.scope = Scope(shard, whole)
+        scope = self.running.scope = Scope(shard)
         try:
             with _Intercept(self.cp, scope):
                 output = self.run(scope, module, args, kwargs)
         finally:
             self.running.scope = None
-        if whole:
-            self.finish(scope, output)
+        if whole and not scope.layers:
+            raise RuntimeError(
+                f"{type(self.model).__name__} finished without a call of scaled_dot_product_attention, so no "
+                f"attention went over ranks; {SUPPORTED}, or call cp.attention yourself"
+            )
         return output
 
     def run(self, scope: Scope, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
@@ -147,17 +150,6 @@ class FunctionalAttachment:
                 stacklevel=5,
             )
 
-    def finish(self, scope: Scope, output) -> None:
-        """A whole forward must have met attention; its graph keeps the shard alive for recomputation."""
-        if not scope.layers:
-            raise RuntimeError(
-                f"{type(self.model).__name__} finished without a call of scaled_dot_product_attention, so no "
-                f"attention went over ranks; {SUPPORTED}, or call cp.attention yourself"
-            )
-        for x in _tensors(output):
-            if x.grad_fn is not None:
-                x.grad_fn.metadata[MARK] = scope.shard
-
 
 class _Intercept(TorchFunctionMode):
     """Sees the torch functions that one scope calls."""
@@ -171,7 +163,7 @@ class _Intercept(TorchFunctionMode):
         if func is SDPA:
             return self.attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if "attention" in name or "mha" in name:
+        if any(word in name for word in ATTENTIONS):
             frame = self.scope.frames[-1]
             raise NotImplementedError(f"{name} in module {frame.name!r}; {SUPPORTED}")
         return func(*args, **kwargs)
@@ -222,7 +214,8 @@ def _check(place, query, key, attn_mask, dropout_p, is_causal, enable_gqa) -> No
         raise NotImplementedError(f"{place}: {query.dim()}-D queries, {key.dim()}-D keys; {SUPPORTED}")
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError(
-            f"{place}: {query.shape[2]} queries and {key.shape[2]} keys (a cache or cross-attention); {SUPPORTED}"
+            f"{place}: {query.shape[2]} queries and {key.shape[2]} keys (a cache or cross-attention); "
+            f"{SUPPORTED}"
         )
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ValueError(
@@ -245,20 +238,17 @@ def _tensors(value) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, each.name))
 
 
-def _storages(values) -> Iterator[torch.UntypedStorage]:
-    for x in _tensors(values):
-        if x.layout is torch.strided and not isinstance(x, DTensor):
-            yield x.untyped_storage()
-
-
 def _mark(shard: Shard | None, *values) -> None:
     """Notes on the storage of each tensor that a forward with this shard used it."""
     if shard is None:
         return
     mark = weakref.ref(shard)
-    for storage in _storages(values):
+    for x in _tensors(values):
+        if x.grad_fn is not None and not any(x is own for own in shard.inputs.values()):
+            x.grad_fn.metadata[MARK] = shard
+        storage = _storage(x)
         marks = getattr(storage, MARK, ())
-        if mark not in marks:
+        if storage is not None and mark not in marks:
             setattr(storage, MARK, (*(m for m in marks if m() is not None), mark))
 
 
@@ -268,8 +258,14 @@ def _find(*values) -> Shard | None:
     Tensors of the model itself, such as tables of positions, bear the marks of many shards.
     """
     common = None
-    for storage in _storages(values):
-        shards = {mark() for mark in getattr(storage, MARK, ())} - {None}
-        if shards:
+    for x in _tensors(values):
+        marks = getattr(_storage(x), MARK, ())
+        if marks:
+            shards = {mark() for mark in marks} - {None}
             common = shards if common is None else common & shards
     return common.pop() if common is not None and len(common) == 1 else None
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage | None:
+    """Python keeps one object for a storage as long as the storage lives, so it can bear a mark."""
+    return x.untyped_storage() if x.layout is torch.strided and not isinstance(x, DTensor) else None

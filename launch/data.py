@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +35,12 @@ def standard_library() -> Iterator[bytes]:
     A document is the .py files of one package joined (the top-level modules make one too), so that
     documents are long and what happens late in them depends on what was defined far before.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    sources: dict[Path, list[Path]] = {}
-    for path in sorted(root.rglob("*.py")):
-        folder = path.parent.relative_to(root)
-        if _SKIPPED.isdisjoint(folder.parts):
-            sources.setdefault(folder, []).append(path)
-    for paths in sources.values():
-        yield b"\n".join(path.read_bytes() for path in paths)
+    root = sysconfig.get_path("stdlib")
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED)
+        sources = [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        if sources:
+            yield b"\n".join(path.read_bytes() for path in sources)
 
 
 def text_files(path: Path) -> Iterator[bytes]:
@@ -64,13 +64,24 @@ def read_documents(data: str | None) -> list[np.ndarray]:
     return [encode(text) for text in texts]
 
 
-def pack(documents: list[np.ndarray], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Packed text: tokens uint16 [rows, seq_len], and their positions in document, int32 alike."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def mean_visible_context(self) -> float:
+        """Mean over tokens of how many tokens a causal query sees in its document, itself included."""
+        return float(self.positions.mean(dtype=np.float64)) + 1.0
+
+
+def pack(documents: list[np.ndarray], seq_len: int) -> Rows:
     """Lay documents end to end and cut rows of `seq_len` tokens; what is left at the end is dropped.
 
     A document longer than a row goes on in the next one, where its positions begin anew: rows are
     independent. Long documents so make long visible contexts.
-
-    Returns tokens uint16 [rows, seq_len] and position in document int32 [rows, seq_len].
     """
     total = sum(len(document) for document in documents)
     rows = total // seq_len
@@ -79,55 +90,37 @@ def pack(documents: list[np.ndarray], seq_len: int) -> tuple[np.ndarray, np.ndar
             f"the data holds {total} tokens, fewer than seq_len={seq_len}; "
             f"give more text or a smaller seq_len"
         )
-    tokens = np.concatenate(documents)[: rows * seq_len]
-    index = np.arange(rows * seq_len)
-    begins = np.where((tokens == BEGIN) | (index % seq_len == 0), index, 0)
-    positions = index - np.maximum.accumulate(begins)
-    return tokens.reshape(rows, seq_len), positions.astype(np.int32).reshape(rows, seq_len)
-
-
-def mean_visible_context(positions: np.ndarray | torch.Tensor) -> float:
-    """Mean over tokens of how many tokens a causal query sees in its own document, itself included."""
-    return float(np.asarray(positions, dtype=np.float64).mean()) + 1.0
+    tokens = np.concatenate(documents)[: rows * seq_len].reshape(rows, seq_len)
+    column = np.arange(seq_len, dtype=np.int32)
+    begins = np.where(tokens == BEGIN, column, np.int32(0))
+    return Rows(tokens, column - np.maximum.accumulate(begins, axis=1))
 
 
 class PackedText:
     """Endless batches of packed rows: the same on all ranks of one data-parallel coordinate.
 
     Args:
-        documents: token arrays, from `read_documents`.
-        seq_len, batch: shape of one batch [B=batch, S=seq_len].
+        rows: from `pack`; the rows of one batch are [B=batch, S=seq_len].
         seed: with the epoch it decides the order of the rows.
         dp_rank, dp_size: the data-parallel coordinate, the only one that changes what is read.
     """
 
     def __init__(
-        self,
-        documents: list[np.ndarray],
-        *,
-        seq_len: int,
-        batch: int = 1,
-        seed: int = 0,
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        self, rows: Rows, *, batch: int = 1, seed: int = 0, dp_rank: int = 0, dp_size: int = 1
     ) -> None:
-        self.tokens, self.positions = pack(documents, seq_len)
-        self.batch, self.seed, self.dp_rank, self.dp_size = batch, seed, dp_rank, dp_size
-        if len(self.tokens) < batch * dp_size:
+        self.rows, self.batch, self.seed = rows, batch, seed
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        count, seq_len = rows.tokens.shape
+        if count < batch * dp_size:
             raise ValueError(
-                f"the data holds {len(self.tokens)} sequences of {seq_len} tokens, fewer than the "
+                f"the data holds {count} sequences of {seq_len} tokens, fewer than the "
                 f"{batch * dp_size} of one step (batch={batch} x dp={dp_size}); give more text"
             )
         self.epoch, self.row = 0, 0
         self._order = self._shuffle()
 
-    @property
-    def mean_visible_context(self) -> float:
-        """Over all the data."""
-        return mean_visible_context(self.positions)
-
     def _shuffle(self) -> np.ndarray:
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.tokens))
+        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows.tokens))
 
     def __iter__(self) -> PackedText:
         return self
@@ -145,18 +138,18 @@ class PackedText:
         rows = self._order[first : first + self.batch]
         self.row += self.batch * self.dp_size
 
-        input_ids = torch.from_numpy(self.tokens[rows].astype(np.int64))
-        position_ids = torch.from_numpy(self.positions[rows].astype(np.int64))
+        input_ids = torch.from_numpy(self.rows.tokens[rows].astype(np.int64))
+        position_ids = torch.from_numpy(self.rows.positions[rows].astype(np.int64))
         labels = input_ids.masked_fill(position_ids == 0, IGNORE)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins; the same on every rank."""
-        return {"epoch": self.epoch, "row": self.row, "seed": self.seed, "rows": len(self.tokens)}
+        return {"epoch": self.epoch, "row": self.row, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state` was taken; refused if it is of other data or another order."""
-        for name, now in (("seed", self.seed), ("rows", len(self.tokens))):
+        for name, now in self._identity().items():
             if state[name] != now:
                 raise ValueError(
                     f"the data position was saved with {name}={state[name]}, this data has "
@@ -164,3 +157,6 @@ class PackedText:
                 )
         self.epoch, self.row = state["epoch"], state["row"]
         self._order = self._shuffle()
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "rows": len(self.rows.tokens)}

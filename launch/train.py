@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -20,7 +19,7 @@ from ..kernels.patterns import Dense, Pattern, SinkWindow
 from .checkpoint import load_checkpoint, save_checkpoint
 from .cli import leave_checkout
 from .config import TrainConfig, describe, parse_config
-from .data import mean_visible_context, pack, read_documents
+from .data import Rows, pack, read_documents
 from .metrics import MetricsWriter, ProgressReport, print_table
 from .summary import layer_statistics, step_statistics, summarize, work_by_layout
 from .trainee import Trainee, assemble, build_pattern, train_step
@@ -40,8 +39,8 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     out = Path(config.out)
     with join_world(config) as world:
         saved = find_checkpoint(config)
-        documents = read_documents(config.data)
-        context = mean_visible_context(pack(documents, config.seq_len)[1])
+        rows = pack(read_documents(config.data), config.seq_len)
+        context = rows.mean_visible_context
         dist.barrier()  # all have looked at `out` before rank 0 changes it
         if world.chief:
             print(f"sparring on {world.size} x {world.device.type}\n{describe(config)}")
@@ -51,11 +50,11 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         start = saved[0] if saved else 0
         with closing(MetricsWriter(out / "metrics.jsonl", active=world.chief, start=start)) as writer:
             pattern = build_pattern(config)
-            parameters = train(config, world, "train", pattern, documents, writer, saved)
+            parameters = train(config, world, "train", pattern, rows, writer, saved)
             if config.compare:
                 local = SinkWindow(sink=0, window=config.block_size)
-                train(config, world, "dense", Dense(), documents, writer)
-                train(config, world, "local", local, documents, writer)
+                train(config, world, "dense", Dense(), rows, writer)
+                train(config, world, "local", local, rows, writer)
         if not world.chief:
             return None
         summary = summarize(
@@ -74,7 +73,7 @@ def train(
     world: World,
     kind: str,
     pattern: Pattern,
-    documents: list[np.ndarray],
+    rows: Rows,
     writer: MetricsWriter,
     saved: Saved | None = None,
 ) -> int:
@@ -83,7 +82,7 @@ def train(
     The same seed gives the same weights and the same data whatever the pattern. Only the run of kind
     "train" is checkpointed and looked at layer by layer.
     """
-    trainee = assemble(config, world, pattern, documents)
+    trainee = assemble(config, world, pattern, rows)
     if saved:
         trainee.load_state_dict(saved[1])
     parameters = sum(p.numel() for p in trainee.model.parameters())

@@ -7,14 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..cp import ContextParallel, Shard
 from ..kernels.patterns import PATTERNS, Pattern, VerticalSlash
 from .config import TrainConfig
-from .data import PackedText
+from .data import PackedText, Rows
 from .optimizer import Optimizer
 from .world import World
 
@@ -52,7 +51,7 @@ class Trainee:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
 
 
-def assemble(config: TrainConfig, world: World, pattern: Pattern, documents: list[np.ndarray]) -> Trainee:
+def assemble(config: TrainConfig, world: World, pattern: Pattern, rows: Rows) -> Trainee:
     """Model, context parallelism, optimizer and data, in the order in which they must be made."""
     from .model import build_model  # imports transformers: only once `leave_checkout` has run
 
@@ -72,8 +71,7 @@ def assemble(config: TrainConfig, world: World, pattern: Pattern, documents: lis
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     data = PackedText(
-        documents,
-        seq_len=config.seq_len,
+        rows,
         batch=config.batch,
         seed=config.seed,
         dp_rank=world.dp_rank,

@@ -14,7 +14,6 @@ from sparring.launch.data import (
     PackedText,
     decode,
     encode,
-    mean_visible_context,
     pack,
     read_documents,
     standard_library,
@@ -48,8 +47,8 @@ def test_standard_library_is_deterministic_and_one_document_is_one_folder():
 
 
 def test_default_data_sees_more_than_a_quarter_of_the_sequence(library):
-    assert PackedText(library, seq_len=8192).mean_visible_context > 8192 / 4
-    assert PackedText(library, seq_len=65536).mean_visible_context > 65536 / 4
+    assert pack(library, 8192).mean_visible_context > 8192 / 4
+    assert pack(library, 65536).mean_visible_context > 65536 / 4
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -61,7 +60,8 @@ def test_packing_against_a_loop(lengths, seq_len):
         with pytest.raises(ValueError, match=f"{len(flat)} tokens.*seq_len={seq_len}"):
             pack(documents, seq_len)
         return
-    tokens, positions = pack(documents, seq_len)
+    rows = pack(documents, seq_len)
+    tokens, positions = rows.tokens, rows.positions
     assert tokens.shape == positions.shape == (len(flat) // seq_len, seq_len)
     seen, position = 0, 0
     for row, row_positions in zip(tokens, positions, strict=True):
@@ -73,12 +73,13 @@ def test_packing_against_a_loop(lengths, seq_len):
 
 
 def test_mean_visible_context_counts_own_document_and_oneself():
-    assert mean_visible_context(np.array([[0, 1, 2, 0, 1]])) == pytest.approx((1 + 2 + 3 + 1 + 2) / 5)
-    assert mean_visible_context(torch.arange(100)[None]) == pytest.approx(50.5)
+    rows = pack(documents_of(2, 1), 5)  # each begins with BEGIN
+    assert rows.mean_visible_context == pytest.approx((1 + 2 + 3 + 1 + 2) / 5)
+    assert pack(documents_of(500), 100).mean_visible_context == pytest.approx(50.5)
 
 
 def test_batches_have_the_promised_tensors():
-    data = PackedText(documents_of(50, 30, 200), seq_len=32, batch=2)
+    data = PackedText(pack(documents_of(50, 30, 200), 32), batch=2)
     batch = next(data)
     assert set(batch) == {"input_ids", "position_ids", "labels"}
     for tensor in batch.values():
@@ -95,14 +96,14 @@ def rows_of(data, batches):
     return [tuple(row.tolist()) for _ in range(batches) for row in next(data)["input_ids"]]
 
 
-def numbered(rows, seq_len):
-    """One document whose rows all differ."""
-    content = np.arange(rows * seq_len - 1) // seq_len % 250
-    return [encode(content.astype(np.uint8).tobytes())]
+def numbered(rows):
+    """Rows of 8 tokens that all differ, of one document."""
+    content = np.arange(rows * 8 - 1) // 8 % 250
+    return pack([encode(content.astype(np.uint8).tobytes())], 8)
 
 
 def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch():
-    make = lambda seed: PackedText(numbered(12, 8), seq_len=8, batch=3, seed=seed)  # noqa: E731
+    make = lambda seed: PackedText(numbered(12), batch=3, seed=seed)  # noqa: E731
     data = make(0)
     first, second = rows_of(data, 4), rows_of(data, 4)
     assert len(set(first)) == 12 and set(first) == set(second) and first != second
@@ -112,8 +113,7 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_seed_and_epoch():
 
 def test_only_the_data_parallel_coordinate_changes_what_is_read():
     def make(batch, dp_rank, dp_size):
-        documents = numbered(13, 8)
-        return PackedText(documents, seq_len=8, batch=batch, dp_rank=dp_rank, dp_size=dp_size)
+        return PackedText(numbered(13), batch=batch, dp_rank=dp_rank, dp_size=dp_size)
 
     whole = make(4, 0, 1)
     left, right = make(2, 0, 2), make(2, 1, 2)
@@ -122,28 +122,28 @@ def test_only_the_data_parallel_coordinate_changes_what_is_read():
 
 
 def test_position_is_restored_in_the_middle_of_an_epoch_and_through_json():
-    data = PackedText(numbered(10, 8), seq_len=8, batch=3)
+    data = PackedText(numbered(10), batch=3)
     rows_of(data, 5)
     state = json.loads(json.dumps(data.state_dict()))
     rest = rows_of(data, 6)
-    other = PackedText(numbered(10, 8), seq_len=8, batch=3)
+    other = PackedText(numbered(10), batch=3)
     other.load_state_dict(state)
     assert rows_of(other, 6) == rest
 
 
 def test_a_position_of_other_data_is_refused():
-    state = PackedText(numbered(10, 8), seq_len=8).state_dict()
+    state = PackedText(numbered(10)).state_dict()
     with pytest.raises(ValueError, match="rows=10.*rows=9"):
-        PackedText(numbered(9, 8), seq_len=8).load_state_dict(state)
+        PackedText(numbered(9)).load_state_dict(state)
     with pytest.raises(ValueError, match="seed=0.*seed=1"):
-        PackedText(numbered(10, 8), seq_len=8, seed=1).load_state_dict(state)
+        PackedText(numbered(10), seed=1).load_state_dict(state)
 
 
 def test_too_little_data_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="11 tokens.*seq_len=12"):
-        PackedText(documents_of(10), seq_len=12)
+        pack(documents_of(10), 12)
     with pytest.raises(ValueError, match=r"10 sequences.*12 of one step \(batch=4 x dp=3\)"):
-        PackedText(numbered(10, 8), seq_len=8, batch=4, dp_size=3)
+        PackedText(numbered(10), batch=4, dp_size=3)
 
 
 def test_own_text_is_a_file_or_the_visible_text_files_of_a_folder(tmp_path):
