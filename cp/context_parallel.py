@@ -20,12 +20,21 @@ from ..kernels.patterns import PATTERNS, Pattern
 from ..kernels.plan import Plan
 from .attach import attach_model, detach_model, head_of
 from .attention import ring_attention
-from .batch import IGNORE, check_batch, find_documents, position_ids, shift_labels
+from .batch import (
+    IGNORE,
+    KNOWN,
+    check_batch,
+    find_documents,
+    fingerprint,
+    position_ids,
+    shift_labels,
+)
+from .errors import RingDesyncError
 from .estimate import sampled_recall
 from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
 from .mesh import connect
 from .record import Record, Report
-from .shard import Shard, full_plans
+from .shard import Shard, full_plans, stable_hash
 from .transport import Alone, agree
 from .verify import Verification, verify_model
 
@@ -46,7 +55,8 @@ class ContextParallel:
     deterministic: bit-identical from run to run; all present kernels are.
     debug: check a header at every transfer. Slow: it waits for the device.
     block_size: tokens in a block. recall_every: steps between two samples of recall, 0 for never.
-    impl: kernels, "auto", "reference" or "triton".
+    impl: kernels, "auto", "reference" or "triton". timeout: seconds to wait for another rank before
+        RingTimeoutError.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class ContextParallel:
         block_size: int = 128,
         recall_every: int = 10,
         impl: str = "auto",
+        timeout: float = 300.0,
     ):
         if exchange in LATER_EXCHANGES:
             raise NotImplementedError(f"exchange {exchange!r}; implemented are {EXCHANGES}")
@@ -71,7 +82,7 @@ class ContextParallel:
             raise ValueError(f"exchange {exchange!r} is unknown; use one of {EXCHANGES}")
         if grad_reduce not in ("mean", "sum"):
             raise ValueError(f"grad_reduce {grad_reduce!r} is unknown; use 'mean' (FSDP, DDP) or 'sum'")
-        groups = connect(mesh, tuple(axes), tuple(data_axes))
+        groups = connect(mesh, tuple(axes), tuple(data_axes), timeout)
         self.transport, self.everyone = groups.ring, groups.everyone
         self.patterns = _patterns(pattern)
         self.layout, self.exchange, self.grad_reduce = layout, exchange, grad_reduce
@@ -84,6 +95,7 @@ class ContextParallel:
         self._pending: deque = deque()  # records of steps whose statistics have not been used yet
         self._last: tuple | None = None  # record, transport and layout of the last shard
         self._replay: dict[Hashable, Plan] | None = None
+        self._agreed: set = set()  # attention calls whose layer, heads and dtype all ranks have compared
         if self.everyone.rank == 0:
             print(self)
 
@@ -158,13 +170,13 @@ class ContextParallel:
             sample_recall=bool(self.recall_every) and self._step % self.recall_every == 0,
         )
         shard.tensors = self._tensors(batch, documents, shard)
-        shard.tokens = self._count_labels(shard)
         if transport is self.transport:
-            self._check_agreement(shard, tokens)
+            self._check_agreement(shard, batch)
             self._check_parameters()
             self._pending.append(shard.record)
             self._last = (shard.record, transport, shard.layout)
             self._step += 1
+        shard.tokens = self._count_labels(shard)
         prepare(geometry, decision.layout.assignment)
         for pattern in self.patterns.values():
             pattern.prepare(geometry)
@@ -208,15 +220,12 @@ class ContextParallel:
         group.all_reduce(count).wait()
         return int(count)
 
-    def _check_agreement(self, shard: Shard, tokens: Tensor) -> None:
+    def _check_agreement(self, shard: Shard, batch: dict[str, Tensor]) -> None:
         """Ranks prove that they hold the same batch and chose the same layout."""
-        content = tokens.detach().double().sum()
-        values = [
-            self._step, shard.layout.digest(), shard.length, tokens.shape[0], shard.geometry.batch,
-            int(content.view(torch.int64)), hash(shard.geometry.documents) >> 1,
-        ]  # fmt: skip
-        names = ("step", "layout", "length", "batch size", "batch rows", "tokens", "documents")
-        agree(self.transport, names, values, tokens.device)
+        names = ("step", "batch size", "length", *KNOWN, "layout")
+        contents = [fingerprint(batch[name]) if name in batch else 0 for name in KNOWN]
+        values = [self._step, shard.geometry.batch, shard.length, *contents, shard.layout.digest()]
+        agree(self.transport, names, values, shard.geometry.device)
 
     def _check_parameters(self) -> None:
         """At the second shard: replicated parameters must still be equal, or gradients were not summed."""
@@ -267,6 +276,7 @@ class ContextParallel:
         check_inputs(q, k, v, shard.geometry)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        self._check_call(q, k, shard, layer)
         bound = shard.plan(layer, q.detach(), k.detach(), v.detach(), scale)
         check_mask_heads(bound.plan, q.shape[1], k.shape[1])
         shard.record.ran(layer, bound)
@@ -275,6 +285,23 @@ class ContextParallel:
             with torch.no_grad():
                 shard.record.recall[layer] = sampled_recall(q, k, lse, shard.geometry, shard.transport, scale)
         return out
+
+    def _check_call(self, q: Tensor, k: Tensor, shard: Shard, layer: Hashable) -> None:
+        """Ranks prove that they are in the same layer with equal shapes: the first time, or in debug always.
+
+        Synchronises then. What travels in a ring must have the same size everywhere, and gloo aborts the
+        process, or fills tensors with rubbish, where it has not.
+        """
+        call = (layer, q.shape[1], k.shape[1], q.shape[3], q.dtype)
+        if call in self._agreed and not self.debug:
+            return
+        names = ("step", "layer", "layout", "query heads", "key heads", "head dim", "dtype")
+        values = [shard.step, stable_hash(layer), shard.layout.digest(), *call[1:4], stable_hash(q.dtype)]
+        try:
+            agree(shard.transport, names, values, q.device)
+        except RingDesyncError as error:
+            raise RingDesyncError(f"attention layer {layer!r}: {error}") from None
+        self._agreed.add(call)
 
     def pattern_of(self, layer: Hashable) -> Pattern:
         return self.patterns.get(layer, self.patterns["default"])

@@ -84,6 +84,7 @@ class FunctionalAttachment:
         self.names = {module: name for name, module in model.named_modules()}
         self.replaced: dict[nn.Module, Any] = {}
         self.running = threading.local()
+        self.mode = _Intercept(self)
         self.warned = False
 
     __reduce_ex__ = no_copy
@@ -108,7 +109,7 @@ class FunctionalAttachment:
             shard = _find(args, kwargs)
         scope = self.running.scope = Scope(shard)
         try:
-            with _Intercept(self.cp, scope):
+            with self.mode:
                 output = self.run(scope, module, args, kwargs)
         finally:
             self.running.scope = None
@@ -152,11 +153,11 @@ class FunctionalAttachment:
 
 
 class _Intercept(TorchFunctionMode):
-    """Sees the torch functions that one scope calls."""
+    """Sees the torch functions that a model calls."""
 
-    def __init__(self, cp: ContextParallel, scope: Scope):
+    def __init__(self, attachment: FunctionalAttachment):
         super().__init__()
-        self.cp, self.scope = cp, scope
+        self.attachment = attachment
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -164,7 +165,7 @@ class _Intercept(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if any(word in name for word in ATTENTIONS):
-            frame = self.scope.frames[-1]
+            frame = self.attachment.running.scope.frames[-1]
             raise NotImplementedError(f"{name} in module {frame.name!r}; {SUPPORTED}")
         return func(*args, **kwargs)
 
@@ -180,7 +181,8 @@ class _Intercept(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         """Has the signature of scaled_dot_product_attention."""
-        shard, frame = self.scope.shard, self.scope.frames[-1]
+        scope = self.attachment.running.scope
+        shard, frame = scope.shard, scope.frames[-1]
         place = f"scaled_dot_product_attention in module {frame.name!r}"
         if shard is None:
             raise NotImplementedError(f"{place}: recomputed, and its shard is not known; {CHECKPOINT}")
@@ -192,12 +194,12 @@ class _Intercept(TorchFunctionMode):
         _check(place, query, key, attn_mask, dropout_p, is_causal, enable_gqa)
         layer = (frame.name, frame.calls)
         frame.calls += 1
-        if layer in self.scope.layers:
+        if layer in scope.layers:
             raise NotImplementedError(
                 f"{place}: the module runs twice in one forward (shared layers); its plans are kept by name"
             )
-        self.scope.layers.add(layer)
-        return self.cp.attention(query, key, value, shard, layer=layer, scale=scale)
+        scope.layers.add(layer)
+        return self.attachment.cp.attention(query, key, value, shard, layer=layer, scale=scale)
 
 
 def _check(place, query, key, attn_mask, dropout_p, is_causal, enable_gqa) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,11 +20,17 @@ class Groups:
     everyone: Transport
 
 
-def connect(mesh: DeviceMesh | Transport | None, axes: tuple[str, ...], data_axes: tuple[str, ...]) -> Groups:
+def connect(
+    mesh: DeviceMesh | Transport | None,
+    axes: tuple[str, ...],
+    data_axes: tuple[str, ...],
+    timeout: float = 300.0,
+) -> Groups:
     """Groups of this rank. Every rank of the mesh must call it, in the same program order.
 
     mesh: a DeviceMesh with the named axes; None for a single process; or a Transport, whose ranks are
-    the context-parallel group (ranks as threads). Raises ValueError naming the axes that are missing.
+    the context-parallel group (ranks as threads). timeout: seconds to wait for another rank. Raises
+    ValueError naming the axes that are missing.
     """
     if mesh is None:
         return Groups(Alone(), Alone())
@@ -38,23 +45,34 @@ def connect(mesh: DeviceMesh | Transport | None, axes: tuple[str, ...], data_axe
         )
     if set(axes) & set(data_axes):
         raise ValueError(f"axes {axes} and data_axes {data_axes} overlap; an axis has one use")
-    ring = _transport(mesh, axes, ("keys", "grads", "control"))
-    everyone = _transport(mesh, (*data_axes, *axes), ("control",)) if data_axes else ring
+    patience = timedelta(seconds=timeout)
+    ring = _transport(mesh, axes, ("keys", "grads", "control"), patience)
+    everyone = _transport(mesh, (*data_axes, *axes), ("control",), patience) if data_axes else ring
     return Groups(ring, everyone)
 
 
-def _transport(mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...]) -> Transport:
+def _transport(
+    mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...], timeout: timedelta
+) -> Transport:
     """The group of all ranks that differ from this one in the given axes only, in mesh order."""
     names = mesh.mesh_dim_names
     order = [names.index(axis) for axis in axes]
     others = [dim for dim in range(mesh.mesh.dim()) if dim not in order]
     table = mesh.mesh.permute(*others, *order).reshape(-1, *[mesh.mesh.shape[d] for d in order])
     me = dist.get_rank()
+    whole_job = mesh.mesh.numel() == dist.get_world_size()
+    mine = None
     for ranks in table.flatten(1).tolist():
-        if me in ranks:
-            if len(ranks) == 1:
-                return Alone()
-            # Only members call, so that any subgroup of a larger job works.
-            groups = {channel: dist.new_group(ranks, use_local_synchronization=True) for channel in channels}
-            return Distributed(ranks.index(me), tuple(ranks), groups)
-    raise ValueError(f"rank {me} is not in the mesh {mesh}")
+        if me in ranks and len(ranks) == 1:
+            mine = Alone()
+        elif me in ranks or (whole_job and len(ranks) > 1):
+            # Ranks outside of a smaller mesh do not call this, so only members may be waited for.
+            groups = {
+                channel: dist.new_group(ranks, timeout=timeout, use_local_synchronization=not whole_job)
+                for channel in channels
+            }
+            if me in ranks:
+                mine = Distributed(ranks.index(me), tuple(ranks), groups)
+    if mine is None:
+        raise ValueError(f"rank {me} is not in the mesh {mesh}")
+    return mine

@@ -82,7 +82,7 @@ class Shard:
         """The surroundings of one attention call."""
         header = None
         if self.cp.debug:
-            header = (self.step, _stable_hash(layer), self.layout.digest())
+            header = (self.step, stable_hash(layer), self.layout.digest())
         schedule = self.cp.schedule(self.transport)
         return Ring(self.transport, schedule, steps, header, self.record.bytes)
 
@@ -115,6 +115,6 @@ def full_plans(shard: Shard) -> dict[Hashable, Plan]:
     }
 
 
-def _stable_hash(layer: Hashable) -> int:
+def stable_hash(name: Hashable) -> int:
     """An integer that is equal in every process, which hash() of a string is not."""
-    return zlib.crc32(repr(layer).encode())
+    return zlib.crc32(repr(name).encode())

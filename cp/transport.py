@@ -7,7 +7,8 @@ the in-process form, `Alone` is a group of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from .errors import RingDesyncError, RingTimeoutError
 
 # torch 2.13 renames the tensor form of all_gather and deprecates the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_LOST = ("timed out", "timeout", "monitoredbarrier", "connection", "broken pipe")  # how backends say it
 
 
 @dataclass
@@ -85,33 +87,47 @@ class Distributed:
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
         group, to, source = self.groups[channel], self.ranks[send_to], self.ranks[recv_from]
+        what = f"{channel} from rank {source}, to rank {to}"
         operations = [dist.P2POp(dist.isend, x, to, group) for x in send]
         operations += [dist.P2POp(dist.irecv, x, source, group) for x in receive]
-        works = dist.batch_isend_irecv(operations)
-        return self._pending(works, (*send, *receive), f"{channel} from rank {source} to rank {to}")
+        with self._typed(what):
+            works = dist.batch_isend_irecv(operations)
+        return self._pending(works, (*send, *receive), what)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        work = dist.all_reduce(x, operation, group=self.groups["control"], async_op=True)
-        return self._pending([work], (x,), f"all-reduce over ranks {self.ranks}")
+        what = f"all-reduce over ranks {self.ranks}"
+        with self._typed(what):
+            work = dist.all_reduce(x, operation, group=self.groups["control"], async_op=True)
+        return self._pending([work], (x,), what)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        out = x.new_empty(self.size, *x.shape)
-        work = _all_gather(out.view(-1), x.reshape(-1), group=self.groups["control"], async_op=True)
-        self._pending([work], (x,), f"all-gather over ranks {self.ranks}").wait()
-        return out
+        out, what = x.new_empty(self.size, *x.shape), f"all-gather over ranks {self.ranks}"
+        with self._typed(what):
+            work = _all_gather(out.view(-1), x.reshape(-1), group=self.groups["control"], async_op=True)
+        self._pending([work], (x,), what).wait()
+        if self.ranks == tuple(sorted(self.ranks)):
+            return out
+        # torch.distributed sorts the ranks of a group; the mesh may have them in another order.
+        return torch.stack([out[sorted(self.ranks).index(rank)] for rank in self.ranks])
 
     def _pending(self, works, tensors, what: str) -> Pending:
         def finish():
-            try:
+            with self._typed(what):
                 for work in works:
                     work.wait()
-            except RuntimeError as error:
-                if "timed out" in str(error).lower():
-                    raise RingTimeoutError(f"rank {self.ranks[self.rank]}: {what}: {error}") from error
-                raise
 
         return Pending(finish, tensors)
+
+    @contextmanager
+    def _typed(self, what: str) -> Iterator[None]:
+        """A peer that is late or gone raises RingTimeoutError, which says who waited and for what."""
+        try:
+            yield
+        except RuntimeError as error:
+            if any(sign in str(error).lower() for sign in _LOST):
+                raise RingTimeoutError(f"rank {self.ranks[self.rank]}: {what}: {error}") from error
+            raise
 
 
 def agree(transport: Transport, names: tuple[str, ...], values: list[int], device) -> None:

@@ -68,8 +68,8 @@ def backward_columns(q, ck, cv, dout, lse, delta, bound: BoundPlan, dq, dck, dcv
 def _forward_row(q, k, v, row: _Row, out, lse, scale: float) -> None:
     """k, v: [kv heads, K, D]. The carried state enters the softmax as one more key of score lse."""
     dtype = out.dtype
-    queries = _fold(q, row).to(dtype)
-    scores = _scores(queries, k.to(dtype), row, scale)
+    queries = _fold(q, row).to(dtype) * scale
+    scores = _scores(queries, k.to(dtype), row)
     old_out, old_lse = _fold(out, row), _fold(lse, row)
     peak = torch.maximum(scores.amax(-1), old_lse)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)  # a row that has seen nothing yet
@@ -84,24 +84,20 @@ def _forward_row(q, k, v, row: _Row, out, lse, scale: float) -> None:
 
 def _backward_row(q, k, v, dout, lse, delta, row: _Row, dq, scale: float) -> tuple[Tensor, Tensor]:
     dtype = dq.dtype
-    queries, grad, k, v = (
-        _fold(q, row).to(dtype),
-        _fold(dout, row).to(dtype),
-        k.to(dtype),
-        v.to(dtype),
-    )
+    queries, grad = _fold(q, row).to(dtype) * scale, _fold(dout, row).to(dtype)
+    k, v = k.to(dtype), v.to(dtype)
     final = _fold(lse, row)
     final = final.masked_fill(final == -torch.inf, 0.0)
-    weights = _scores(queries, k, row, scale).sub_(final[..., None]).exp_()
+    weights = _scores(queries, k, row).sub_(final[..., None]).exp_()
     dv = weights.mT @ grad
-    dscores = (grad @ v.mT).sub_(_fold(delta, row)[..., None]).mul_(weights).mul_(scale)
-    _target(dq, row).add_(_unfold(dscores @ k, row))
+    dscores = (grad @ v.mT).sub_(_fold(delta, row)[..., None]).mul_(weights)
+    _target(dq, row).add_(_unfold(dscores @ k, row), alpha=scale)
     return dscores.mT @ queries, dv
 
 
-def _scores(queries: Tensor, k: Tensor, row: _Row, scale: float) -> Tensor:
+def _scores(queries: Tensor, k: Tensor, row: _Row) -> Tensor:
     """[kv heads, queries of all heads, K], -inf where invisible."""
-    scores = (queries @ k.mT).mul_(scale)
+    scores = queries @ k.mT
     if row.visible is not None:
         size, masked = row.visible.shape
         tail = scores.unflatten(1, (-1, size))[..., scores.shape[2] - masked :]
@@ -159,6 +155,9 @@ def _column_rows(bound: BoundPlan, heads: int, kv_heads: int) -> Iterator[_Row]:
     batch_size, column_heads = bound.columns.shape[:2]
     mask_heads = max(bound.mask_heads, column_heads)
     begin, end = bound.column_begin.tolist(), bound.column_end.tolist()
+    # Columns between these positions are seen by every query of a row: most need no mask.
+    clear_from = bound.lo.unflatten(1, (bound.rows, size)).amax(2)
+    clear_to = bound.hi.unflatten(1, (bound.rows, size)).amin(2)
     groups = [0] * bound.rows if bound.column_group is None else bound.column_group.tolist()
     for batch in range(batch_size):
         for mask_head in range(mask_heads):
@@ -172,10 +171,14 @@ def _column_rows(bound: BoundPlan, heads: int, kv_heads: int) -> Iterator[_Row]:
                 positions = bound.columns[batch, head, group, first:last]
                 bits = bound.tiles[batch, tile_head, row][None, None, None]
                 covered = tile_of_columns(bits, positions[None, None, None], size)[0, 0, 0]
-                keys = (~covered).nonzero()[:, 0]
+                clear = (positions >= clear_from[batch, row]) & (positions <= clear_to[batch, row])
+                masked = (~covered & ~clear).nonzero()[:, 0]
+                keys = torch.cat(((~covered & clear).nonzero()[:, 0], masked))
                 if len(keys):
                     tokens = slice(row * size, (row + 1) * size)
-                    visible = _visible(bound, batch, tokens, positions[keys])
+                    visible = None
+                    if len(masked):
+                        visible = _visible(bound, batch, tokens, positions[masked])
                     yield _Row(batch, heads_slice, kv_slice, tokens, keys + first, visible, group)
 
 

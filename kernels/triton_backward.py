@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .bound import BoundPlan
 from .triton_forward import (
+    COUNTS,
     LOG2E,
     check,
     intervals,
@@ -32,26 +33,27 @@ def backward_step(q, k, v, dout, lse, delta, bound: BoundPlan, source: int, dq, 
     kv_heads, slots = k.shape[1], bound.blocks_per_source
     q, k, v, dout, lse, delta = (x.contiguous() for x in (q, k, v, dout, lse, delta))
     tensors = (q, k, v, dout, lse, delta)
-    place = (scale * LOG2E.value, scale, source, bound.num_sources, bound.rows)
-    shape = dict(HEADS=heads, KV_HEADS=kv_heads, MASK_HEADS=bound.mask_heads)
+    place = (scale * LOG2E.value, scale, source, bound.num_sources, bound.rows, slots, k.shape[2])
+    place += (heads, kv_heads, bound.mask_heads)
     chosen, meta = options("dq", q, bound)
     lists = (bound.row_ptr, bound.row_full, bound.row_tiles, bound.key_base, *intervals(bound))
     launch(
         _dq,
         batch * heads * bound.rows * (bound.block_size // chosen.queries),
         q,
-        (*tensors, dq, *lists, *place, slots, k.shape[2]),
-        **shape,
+        (*tensors, dq, *lists, *place),
         **meta,
     )
     chosen, meta = options("dkv", q, bound)
     lists = (bound.key_ptr, bound.key_full, bound.key_tiles, bound.key_base, *intervals(bound))
+    per_key_head = max(1, bound.mask_heads // kv_heads)
     launch(
         _dkv,
         batch * kv_heads * slots * (bound.block_size // chosen.keys),
         q,
-        (*tensors, dk, dv, *lists, *place, slots, k.shape[2]),
-        **shape,
+        (*tensors, dk, dv, *lists, *place),
+        LISTS=per_key_head,
+        SHARE=heads // kv_heads // per_key_head,
         **meta,
     )
 
@@ -98,7 +100,7 @@ def add_to(target, places, last, x, COUNT: tl.constexpr, DIM: tl.constexpr, WIDT
     tl.store(target + places, tl.load(target + places, mask=kept, other=0.0) + x, mask=kept)
 
 
-@triton.jit(do_not_specialize=["source", "num_sources", "rows", "slots"])
+@triton.jit(do_not_specialize=COUNTS)
 def _dq(
     q,
     k,
@@ -122,9 +124,9 @@ def _dq(
     rows,
     slots,
     key_tokens,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
+    heads,
+    kv_heads,
+    mask_heads,
     BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -134,15 +136,15 @@ def _dq(
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
-    x = ((batch * MASK_HEADS + head * MASK_HEADS // HEADS) * rows + row) * num_sources + source
+    batch, head, row, token = query_program(rows, heads, kv_heads, BLOCK, QUERIES)
+    x = ((batch * mask_heads + head * mask_heads // heads) * rows + row) * num_sources + source
     begin, end = tl.load(row_ptr + x), tl.load(row_ptr + x + 1)
     if begin == end:
         return
     full = tl.load(row_full + x)
     ACC: tl.constexpr = dq.dtype.element_ty
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
-    key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
+    offset = (batch * heads + head).to(tl.int64) * rows * BLOCK + token
+    key_offset = (batch * kv_heads + head * kv_heads // heads).to(tl.int64) * key_tokens * DIM
     k, v = k + key_offset, v + key_offset
     query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
     queries = rows_of(q + offset * DIM, query_square, DIM, WIDTH, TYPE)
@@ -178,7 +180,7 @@ def _dq(
     add_to(dq + offset * DIM, query_square, QUERIES, acc * scale, QUERIES, DIM, WIDTH)
 
 
-@triton.jit(do_not_specialize=["source", "num_sources", "rows", "slots"])
+@triton.jit(do_not_specialize=COUNTS)
 def _dkv(
     q,
     k,
@@ -203,9 +205,11 @@ def _dkv(
     rows,
     slots,
     key_tokens,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
+    heads,
+    kv_heads,
+    mask_heads,
+    LISTS: tl.constexpr,  # lists of a key head
+    SHARE: tl.constexpr,  # query heads that share a list
     BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -216,8 +220,6 @@ def _dkv(
     PRECISION: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK // KEYS
-    LISTS: tl.constexpr = MASK_HEADS // KV_HEADS if MASK_HEADS > KV_HEADS else 1
-    SHARE: tl.constexpr = HEADS // KV_HEADS // LISTS  # query heads that share a list
     SPLIT: tl.constexpr = BLOCK // QUERIES
     STEP: tl.constexpr = SHARE * SPLIT  # query tiles of one entry
     # Slot 0 may hold the sink, the longest list by far: that of every head starts first.
@@ -229,18 +231,18 @@ def _dkv(
     key_head = rest // width  # counts over the batch
     part = rest % width + tl.where(late, PARTS, 0)
     slot = part // PARTS
-    batch = key_head // KV_HEADS
-    kv_head = key_head % KV_HEADS
+    batch = key_head // kv_heads
+    kv_head = key_head % kv_heads
     entries = 0
     for member in range(LISTS):
-        mask_head = batch * MASK_HEADS + (kv_head * LISTS + member) * MASK_HEADS // (KV_HEADS * LISTS)
+        mask_head = batch * mask_heads + (kv_head * LISTS + member) * mask_heads // (kv_heads * LISTS)
         x = (mask_head * num_sources + source) * slots + slot
         entries += tl.load(key_ptr + x + 1) - tl.load(key_ptr + x)
     if entries == 0:
         return
     ACC: tl.constexpr = dk.dtype.element_ty
     tokens = rows.to(tl.int64) * BLOCK
-    offset = (batch * HEADS + kv_head * (HEADS // KV_HEADS)).to(tl.int64) * tokens
+    offset = (batch * heads + kv_head * (heads // kv_heads)).to(tl.int64) * tokens
     key_offset = (key_head.to(tl.int64) * key_tokens + part * KEYS) * DIM
     query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
     keys = rows_of(k + key_offset, key_square, DIM, WIDTH, TYPE)
@@ -250,7 +252,7 @@ def _dkv(
     key_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
     value_acc = tl.zeros([KEYS, WIDTH], dtype=ACC)
     for member in range(LISTS):
-        mask_head = batch * MASK_HEADS + (kv_head * LISTS + member) * MASK_HEADS // (KV_HEADS * LISTS)
+        mask_head = batch * mask_heads + (kv_head * LISTS + member) * mask_heads // (kv_heads * LISTS)
         x = (mask_head * num_sources + source) * slots + slot
         begin, end = tl.load(key_ptr + x), tl.load(key_ptr + x + 1)
         full = tl.load(key_full + x)

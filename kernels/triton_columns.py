@@ -7,7 +7,6 @@ long sums over rows into a fixed number of parts that are added in order: determ
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from .bound import BoundPlan
 from .triton_backward import add_by_key, add_to, normaliser, scores_by_query
 from .triton_forward import (
+    COUNTS,
     LOG2E,
     accumulate,
     check,
@@ -43,21 +43,15 @@ def column_lists(bound: BoundPlan) -> tuple[Tensor, ...]:
 def forward_columns(q, ck, cv, bound: BoundPlan, out, lse, scale: float) -> None:
     """Continues `out` and `lse` with the columns; a column inside a chosen tile is skipped."""
     check(scale, (q, ck, cv), (out, lse))
-    batch, heads, _, _ = q.shape
-    groups, count = bound.columns.shape[2:]
-    if count == 0:
+    if bound.columns.shape[3] == 0:
         return
     chosen, meta = options("forward_columns", q, bound)
-    arguments = (q.contiguous(), ck.contiguous(), cv.contiguous(), out, lse, *column_lists(bound))
+    tensors = (q.contiguous(), ck.contiguous(), cv.contiguous(), out, lse)
     launch(
         _forward_columns,
-        batch * heads * bound.rows * (bound.block_size // chosen.queries),
+        q.shape[0] * q.shape[1] * bound.rows * (bound.block_size // chosen.queries),
         q,
-        (*arguments, *intervals(bound), scale * LOG2E.value, bound.rows, groups, count, bound.tiles.shape[3]),
-        HEADS=heads,
-        KV_HEADS=ck.shape[1],
-        MASK_HEADS=bound.mask_heads,
-        COLUMN_HEADS=bound.columns.shape[1],
+        (*tensors, *_lists(bound), scale * LOG2E.value, *_counts(q, ck, bound)),
         GROUPED=bound.column_group is not None,
         **meta,
     )
@@ -70,44 +64,50 @@ def backward_columns(q, ck, cv, dout, lse, delta, bound: BoundPlan, dq, dck, dcv
     kv_heads, groups, count = ck.shape[1:4]
     if count == 0:
         return
-    q, ck, cv, dout, lse, delta = (x.contiguous() for x in (q, ck, cv, dout, lse, delta))
-    tensors = (q, ck, cv, dout, lse, delta)
-    lists = (*column_lists(bound), *intervals(bound), scale * LOG2E.value, scale)
-    place = (bound.rows, groups, count, bound.tiles.shape[3])
-    shape = dict(
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        MASK_HEADS=bound.mask_heads,
-        COLUMN_HEADS=bound.columns.shape[1],
-        GROUPED=bound.column_group is not None,
-    )
+    tensors = [x.contiguous() for x in (q, ck, cv, dout, lse, delta)]
+    lists = (*_lists(bound), scale * LOG2E.value, scale, *_counts(q, ck, bound))
+    grouped = bound.column_group is not None
     chosen, meta = options("dq_columns", q, bound)
     launch(
         _dq_columns,
         batch * heads * bound.rows * (bound.block_size // chosen.queries),
         q,
-        (*tensors, dq, *lists, *place),
-        **shape,
+        (*tensors, dq, *lists),
+        GROUPED=grouped,
         **meta,
     )
     chosen, meta = options("dkv_columns", q, bound)
     programs = batch * kv_heads * groups * triton.cdiv(count, chosen.keys)
     splits = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(bound.rows, 4))
     targets, stride = (dck, dcv), 0
-    if splits > 1:  # at most _PROGRAMS + programs tiles: summed in a fixed order
+    if splits > 1:  # small: at most _PROGRAMS + programs tiles
         targets = [x.new_zeros(splits, *x.shape) for x in (dck, dcv)]
         stride = dck.numel()
     launch(
         _dkv_columns,
         programs * splits,
         q,
-        (*tensors, *targets, *lists, *place, bound.plan.geometry.num_tokens, splits, stride),
-        **shape,
+        (*tensors, *targets, *lists, bound.plan.geometry.num_tokens, splits, stride),
+        SHARE=heads // kv_heads,
+        GROUPED=grouped,
         **meta,
     )
     if splits > 1:
         for total, parts in zip((dck, dcv), targets, strict=True):
-            total.add_(torch.sum(parts, 0))
+            total.add_(parts.sum(0))
+
+
+def _lists(bound: BoundPlan) -> tuple[Tensor, ...]:
+    group = bound.column_begin if bound.column_group is None else bound.column_group  # or a stand-in
+    ranges = (bound.column_begin, bound.column_end)
+    return bound.tiles, bound.columns, group, *ranges, *intervals(bound)
+
+
+def _counts(q: Tensor, ck: Tensor, bound: BoundPlan) -> tuple[int, ...]:
+    """rows, groups, count, words, heads, kv_heads, mask_heads, column_heads."""
+    groups, count = bound.columns.shape[2:]
+    heads = (q.shape[1], ck.shape[1], bound.mask_heads, bound.columns.shape[1])
+    return bound.rows, groups, count, bound.tiles.shape[3], *heads
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
     return kept & (((word >> (block % 32)) & 1) == 0)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_columns(
     q,
     k,
@@ -150,10 +150,10 @@ def _forward_columns(
     groups,
     count,
     words,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
-    COLUMN_HEADS: tl.constexpr,
+    heads,
+    kv_heads,
+    mask_heads,
+    column_heads,
     GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -164,8 +164,8 @@ def _forward_columns(
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
-    column_head = batch * COLUMN_HEADS + head * COLUMN_HEADS // HEADS
+    batch, head, row, token = query_program(rows, heads, kv_heads, BLOCK, QUERIES)
+    column_head = batch * column_heads + head * column_heads // heads
     begin = tl.load(column_begin + column_head * rows + row)
     end = tl.load(column_end + column_head * rows + row)
     if begin >= end:
@@ -173,12 +173,12 @@ def _forward_columns(
     group = 0
     if GROUPED:
         group = tl.load(column_group + row)
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
-    key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
+    offset = (batch * heads + head).to(tl.int64) * rows * BLOCK + token
+    key_head = batch * kv_heads + head * kv_heads // heads
     key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
     k, v = k + key_offset, v + key_offset
     columns = columns + (column_head.to(tl.int64) * groups + group) * count
-    mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
+    mask_head = batch * mask_heads + head * mask_heads // heads
     tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
     low, high, prefix_low, prefix_high = query_intervals(
         lo, hi, prefix_lo, prefix_hi, batch.to(tl.int64) * rows * BLOCK + token, QUERIES, PREFIX
@@ -199,7 +199,7 @@ def _forward_columns(
     finish(out + offset * DIM, lse + offset, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "count", "words"])
+@triton.jit(do_not_specialize=COUNTS)
 def _dq_columns(
     q,
     k,
@@ -223,10 +223,10 @@ def _dq_columns(
     groups,
     count,
     words,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
-    COLUMN_HEADS: tl.constexpr,
+    heads,
+    kv_heads,
+    mask_heads,
+    column_heads,
     GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -237,8 +237,8 @@ def _dq_columns(
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
-    column_head = batch * COLUMN_HEADS + head * COLUMN_HEADS // HEADS
+    batch, head, row, token = query_program(rows, heads, kv_heads, BLOCK, QUERIES)
+    column_head = batch * column_heads + head * column_heads // heads
     begin = tl.load(column_begin + column_head * rows + row)
     end = tl.load(column_end + column_head * rows + row)
     if begin >= end:
@@ -247,12 +247,12 @@ def _dq_columns(
     if GROUPED:
         group = tl.load(column_group + row)
     ACC: tl.constexpr = dq.dtype.element_ty
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
-    key_head = batch * KV_HEADS + head * KV_HEADS // HEADS
+    offset = (batch * heads + head).to(tl.int64) * rows * BLOCK + token
+    key_head = batch * kv_heads + head * kv_heads // heads
     key_offset = (key_head.to(tl.int64) * groups + group) * count * DIM
     k, v = k + key_offset, v + key_offset
     columns = columns + (column_head.to(tl.int64) * groups + group) * count
-    mask_head = batch * MASK_HEADS + head * MASK_HEADS // HEADS
+    mask_head = batch * mask_heads + head * mask_heads // heads
     tiles = tiles + (mask_head.to(tl.int64) * rows + row) * words
     low, high, prefix_low, prefix_high = query_intervals(
         lo, hi, prefix_lo, prefix_hi, batch.to(tl.int64) * rows * BLOCK + token, QUERIES, PREFIX
@@ -294,7 +294,7 @@ def _rows_that_see(begin, end, column_group, group, first, last, rows, GROUPED: 
     return top, bottom
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "count", "words", "num_tokens", "splits"])
+@triton.jit(do_not_specialize=COUNTS)
 def _dkv_columns(
     q,
     k,
@@ -319,13 +319,14 @@ def _dkv_columns(
     groups,
     count,
     words,
+    heads,
+    kv_heads,
+    mask_heads,
+    column_heads,
     num_tokens,
     splits,
     split_stride,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
-    COLUMN_HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
     GROUPED: tl.constexpr,
     BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -336,7 +337,6 @@ def _dkv_columns(
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    SHARE: tl.constexpr = HEADS // KV_HEADS
     SPLIT: tl.constexpr = BLOCK // QUERIES
     pid = tl.program_id(0)
     split = pid % splits
@@ -346,9 +346,9 @@ def _dkv_columns(
     key_group = rest // parts  # counts over batch, key head, group
     group = key_group % groups
     key_head = key_group // groups
-    batch = key_head // KV_HEADS
-    kv_head = key_head % KV_HEADS
-    column_head = batch * COLUMN_HEADS + kv_head * COLUMN_HEADS // KV_HEADS
+    batch = key_head // kv_heads
+    kv_head = key_head % kv_heads
+    column_head = batch * column_heads + kv_head * column_heads // kv_heads
     top, bottom = _rows_that_see(
         column_begin + column_head * rows,
         column_end + column_head * rows,
@@ -366,7 +366,7 @@ def _dkv_columns(
         return
     ACC: tl.constexpr = dk.dtype.element_ty
     tokens = rows.to(tl.int64) * BLOCK
-    offset = (batch * HEADS + kv_head * SHARE).to(tl.int64) * tokens
+    offset = (batch * heads + kv_head * SHARE).to(tl.int64) * tokens
     key_offset = (key_group.to(tl.int64) * count + first) * DIM
     columns = columns + (column_head.to(tl.int64) * groups + group) * count + first
     valid = tl.arange(0, KEYS) < count - first
@@ -391,7 +391,7 @@ def _dkv_columns(
         kept = valid
         if GROUPED:
             kept = kept & (tl.load(column_group + row) == group)
-        mask_head = batch * MASK_HEADS + (kv_head * SHARE + member) * MASK_HEADS // HEADS
+        mask_head = batch * mask_heads + (kv_head * SHARE + member) * mask_heads // heads
         bits = tiles + (mask_head.to(tl.int64) * rows + row) * words
         kept = _outside_tiles(bits, position, kept, BLOCK)
         seen = visible(position[:, None], low, high, prefix_low, prefix_high, PREFIX) & kept[:, None]

@@ -23,6 +23,10 @@ INTERPRET = bool(triton.knobs.runtime.interpret)  # kernels below are bound to i
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Arguments that must not make Triton compile a kernel anew when they are 1 or divisible by 16.
+COUNTS = ["source", "num_sources", "rows", "slots", "groups", "count", "words", "num_tokens", "splits"]
+COUNTS += ["heads", "kv_heads", "mask_heads", "column_heads"]
+
 # The interpreter keeps the program id in a global: ranks that run as threads take turns.
 _ONE_AT_A_TIME = threading.Lock() if INTERPRET else nullcontext()
 
@@ -40,16 +44,16 @@ class Config(NamedTuple):
 CONFIGS = {
     ("forward", 64, 2): Config(128, 64, 4, 3),
     ("forward", 128, 2): Config(128, 128, 8, 3),
-    ("forward", 256, 2): Config(128, 64, 8, 2),
+    ("forward", 256, 2): Config(128, 32, 8, 3),
     ("forward_columns", 64, 2): Config(128, 64, 8, 3),
     ("forward_columns", 128, 2): Config(128, 64, 8, 3),
-    ("forward_columns", 256, 2): Config(128, 32, 8, 2),
+    ("forward_columns", 256, 2): Config(64, 32, 8, 2),
     ("dq", 64, 2): Config(128, 64, 8, 3),
     ("dq", 128, 2): Config(128, 64, 8, 3),
-    ("dq", 256, 2): Config(64, 32, 4, 2),
+    ("dq", 256, 2): Config(64, 64, 8, 2),
     ("dq_columns", 64, 2): Config(128, 64, 8, 3),
     ("dq_columns", 128, 2): Config(128, 64, 8, 3),
-    ("dq_columns", 256, 2): Config(64, 32, 4, 2),
+    ("dq_columns", 256, 2): Config(64, 32, 8, 2),
     ("dkv", 64, 2): Config(64, 128, 8, 3),
     ("dkv", 128, 2): Config(64, 128, 8, 2),
     ("dkv", 256, 2): Config(32, 64, 8, 2),
@@ -149,15 +153,12 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float)
     chosen, meta = options("forward", q, bound)
     arguments = (q.contiguous(), k.contiguous(), v.contiguous(), out, lse)
     arguments += (bound.row_ptr, bound.row_full, bound.row_tiles, bound.key_base, *intervals(bound))
-    arguments += (scale * LOG2E.value, source, bound.num_sources, source * bound.blocks_per_source)
+    arguments += (scale * LOG2E.value, source, bound.num_sources, bound.rows, bound.blocks_per_source)
     launch(
         _forward,
         batch * heads * bound.rows * (bound.block_size // chosen.queries),
         q,
-        (*arguments, bound.rows, k.shape[2]),
-        HEADS=heads,
-        KV_HEADS=k.shape[1],
-        MASK_HEADS=bound.mask_heads,
+        (*arguments, k.shape[2], heads, k.shape[1], bound.mask_heads),
         **meta,
     )
 
@@ -170,7 +171,7 @@ def square(COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def rows_of(pointer, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
-    """Consecutive rows of a [tokens, DIM] matrix from `pointer` on, places = square(...); zeros beyond DIM."""
+    """Consecutive rows of a [tokens, DIM] matrix from `pointer` on; zeros beyond DIM."""
     if DIM == WIDTH:
         return tl.load(pointer + places).to(TYPE)
     else:
@@ -178,9 +179,7 @@ def rows_of(pointer, places, DIM: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.co
 
 
 @triton.jit
-def query_program(
-    rows, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr
-):
+def query_program(rows, heads, kv_heads, BLOCK: tl.constexpr, QUERIES: tl.constexpr):
     """(batch, query head, row, first token) of this program.
 
     The query heads of one key head run side by side and share its keys in cache; last rows, the longest
@@ -188,12 +187,12 @@ def query_program(
     """
     parts = rows * (BLOCK // QUERIES)
     pid = tl.program_id(0)
-    member = pid % (HEADS // KV_HEADS)
-    rest = pid // (HEADS // KV_HEADS)
+    member = pid % (heads // kv_heads)
+    rest = pid // (heads // kv_heads)
     part = parts - 1 - rest % parts
     rest = rest // parts
-    head = (rest % KV_HEADS) * (HEADS // KV_HEADS) + member
-    return rest // KV_HEADS, head, part // (BLOCK // QUERIES), part * QUERIES
+    head = (rest % kv_heads) * (heads // kv_heads) + member
+    return rest // kv_heads, head, part // (BLOCK // QUERIES), part * QUERIES
 
 
 @triton.jit
@@ -253,7 +252,7 @@ def query_intervals(lo, hi, prefix_lo, prefix_hi, first, COUNT: tl.constexpr, PR
     return low, high, prefix_low, prefix_high
 
 
-@triton.jit(do_not_specialize=["source", "num_sources", "first_slot", "rows"])
+@triton.jit(do_not_specialize=COUNTS)
 def _forward(
     q,
     k,
@@ -271,12 +270,12 @@ def _forward(
     scale,
     source,
     num_sources,
-    first_slot,
     rows,
+    slots,
     key_tokens,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    MASK_HEADS: tl.constexpr,
+    heads,
+    kv_heads,
+    mask_heads,
     BLOCK: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -286,14 +285,14 @@ def _forward(
     TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch, head, row, token = query_program(rows, HEADS, KV_HEADS, BLOCK, QUERIES)
-    x = ((batch * MASK_HEADS + head * MASK_HEADS // HEADS) * rows + row) * num_sources + source
+    batch, head, row, token = query_program(rows, heads, kv_heads, BLOCK, QUERIES)
+    x = ((batch * mask_heads + head * mask_heads // heads) * rows + row) * num_sources + source
     begin, end = tl.load(row_ptr + x), tl.load(row_ptr + x + 1)
     if begin == end:
         return
     full = tl.load(row_full + x)
-    offset = (batch * HEADS + head).to(tl.int64) * rows * BLOCK + token
-    key_offset = (batch * KV_HEADS + head * KV_HEADS // HEADS).to(tl.int64) * key_tokens * DIM
+    offset = (batch * heads + head).to(tl.int64) * rows * BLOCK + token
+    key_offset = (batch * kv_heads + head * kv_heads // heads).to(tl.int64) * key_tokens * DIM
     q, out, lse = q + offset * DIM, out + offset * DIM, lse + offset
     k, v = k + key_offset, v + key_offset
     query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
@@ -315,7 +314,7 @@ def _forward(
     )
     for i in range(full * SPLIT, (end - begin) * SPLIT):
         first = (slot * BLOCK + (i % SPLIT) * KEYS).to(tl.int64) * DIM
-        position = tl.load(key_base + first_slot + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
+        position = tl.load(key_base + source * slots + slot) + (i % SPLIT) * KEYS + tl.arange(0, KEYS)
         slot = tl.load(entry + (i + 1) // SPLIT)
         keys = rows_of(k + first, key_square, DIM, WIDTH, TYPE)
         values = rows_of(v + first, key_square, DIM, WIDTH, TYPE)

@@ -145,8 +145,8 @@ def finish(out: Path, summary: dict[str, Any]) -> None:
     from .report import write_report  # matplotlib, needed on rank 0 alone
 
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print_table(str(out / "summary.json"), summary)
-    print(write_report(out), flush=True)
+    print_table("summary", summary)
+    print(f"{out / 'summary.json'}\n{write_report(out)}", flush=True)
 
 
 @record

@@ -1,15 +1,21 @@
-"""Small models that several tests share: a Llama and a Qwen2 from transformers, and a plain GPT."""
+"""Small models that several tests share, and one step of them: original, and sharded over threads."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparring.cp import ContextParallel, run_threads
+
 VOCAB = 48
+BLOCK = 16  # of the context-parallel runs
+IGNORE = -100
 
 
 def llama(**options) -> nn.Module:
@@ -84,3 +90,95 @@ class TinyGPT(nn.Module):
             else:
                 x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
         return self.head(self.norm(x))
+
+
+def make_batch(name: str, length: int = 150) -> tuple[dict, list]:
+    """A batch of 2 rows, and the documents [(row, start, end)] that it has."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCAB, (2, length), generator=generator)
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if name == "packed":
+        documents = [(0, 0, 37), (0, 37, 120), (0, 120, length), (1, 0, 90), (1, 90, length)]
+    elif name == "padded":
+        documents = [(0, 11, length), (1, 0, length - 23)]
+        batch["attention_mask"] = torch.zeros_like(ids)
+        for row, start, end in documents:
+            batch["attention_mask"][row, start:end] = 1
+    else:
+        documents = [(0, 0, length), (1, 0, length)]
+    if name == "few labels":  # all on the first rank of a contiguous layout
+        batch["labels"][:, 20:] = IGNORE
+    positions = torch.zeros_like(ids)
+    for row, start, end in documents:
+        positions[row, start:end] = torch.arange(end - start)
+    if name == "packed":
+        batch["position_ids"] = positions
+    return batch, documents
+
+
+def reference(model: nn.Module, batch: dict, documents: list) -> dict:
+    """Loss, gradients and logits of the original model with a dense mask: knows nothing of the library."""
+    ids = batch["input_ids"]
+    size, length = ids.shape
+    mask = torch.eye(length, dtype=torch.bool).repeat(size, 1, 1, 1)  # padding must see something
+    positions, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+    for row, start, end in documents:
+        mask[row, 0, start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+        positions[row, start:end] = torch.arange(end - start)
+        labels[row, start : end - 1] = batch["labels"][row, start + 1 : end]
+    if isinstance(model, TinyGPT):
+        for block in model.blocks:
+            options = block.attention.options
+            block.attention.options = {"attn_mask": mask, "enable_gqa": options["enable_gqa"]}
+        logits = model(ids, positions)
+    else:
+        assert model.config._attn_implementation == "sdpa"
+        logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    loss.backward()
+    return {"loss": loss.item(), "grads": gradients(model), "output": logits.detach()}
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def sharded(model: nn.Module, batch: dict, world: int, pattern, *, plans=None, prepare=None, **options):
+    """One step on `world` threads with copies of the model; what every rank has afterwards."""
+    whole_logits = options.pop("whole_logits", False)
+    options = {"layout": "auto", "block_size": BLOCK, "grad_reduce": "sum"} | options
+    replicas = [copy.deepcopy(model) for _ in range(world)]
+
+    def body(transport):
+        own = replicas[transport.rank]
+        cp = ContextParallel(transport, pattern=pattern, **options)
+        cp.attach(own, whole_logits=whole_logits)
+        if prepare is not None:
+            prepare(own)
+        with nullcontext() if plans is None else cp.replay(plans):
+            shard = cp.shard(batch)
+        output = own(**shard.inputs)
+        loss = cp.loss(output, shard)
+        loss.backward()
+        cp.sum_gradients(own)
+        output = output if isinstance(output, torch.Tensor) else output.logits
+        return {
+            "loss": loss.item(),
+            "grads": gradients(own),
+            "output": cp.unshard(output, shard),
+            "plans": cp.plans(shard),
+            "covered": {layer: [int(n) for n in runs] for layer, runs in shard.record.covered.items()},
+            "labels": int((shard.labels != IGNORE).sum()),
+        }
+
+    return run_threads(world, body, timeout=60)
+
+
+def assert_same_step(results: list[dict], expected: dict) -> None:
+    """Every rank: loss within 1e-6, each gradient within 1e-5 of that parameter's largest gradient."""
+    for result in results:
+        assert abs(result["loss"] - expected["loss"]) <= 1e-6 * max(1.0, expected["loss"])
+        assert result["grads"].keys() == expected["grads"].keys()
+        for name, gradient in expected["grads"].items():
+            error = (result["grads"][name] - gradient).abs().max() / gradient.abs().max()
+            assert error <= 1e-5, f"{name}: {error:.1e}"

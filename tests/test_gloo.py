@@ -1,0 +1,401 @@
+"""Rings over torch.distributed (gloo): equal to rings of threads, on any subgroup, and loud when ranks differ."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from dataclasses import replace
+
+import oracle
+import pool
+import pytest
+import torch
+import torch.distributed as dist
+from sampling import pairwise
+from test_ring import BATCHES, LAYOUTS, PATTERNS, SIZE, make_batch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sparring.balance import from_assignment, striped
+from sparring.cp import ContextParallel, RingDesyncError, RingTimeoutError, run_threads
+from sparring.cp.attention import ring_attention
+from sparring.cp.mesh import connect
+from sparring.kernels.attention import steps
+
+HEADS, DIM = (4, 2), 8
+ROUNDING = 2e-6  # fp32, relative to the largest entry
+
+
+def attend_once(transport, pattern, layout, name, dtype=torch.float32, **options):
+    """One attention with gradients on one rank: out, dq, dk, dv in full order, the plan and the report."""
+    batch = make_batch(name)
+    size, length = batch["input_ids"].shape
+    cp = ContextParallel(transport, pattern=pattern, layout=layout, block_size=SIZE, **options)
+    shard = cp.shard(batch)
+    *local, _ = local_inputs(shard, oracle.inputs(size, *HEADS, length, DIM, dtype=dtype))
+    q, k, v = (x.requires_grad_() for x in local[:3])
+    out = cp.attention(q, k, v, shard)
+    grads = torch.autograd.grad(out, (q, k, v), local[3])
+    full = [cp.unshard(x, shard, dim=2) for x in (out, *grads)]
+    return full, cp.plans(shard)[0], cp.report(shard)
+
+
+def local_inputs(shard, tensors):
+    """This rank's part of tensors [B, H, S, ...]."""
+    tail = shard.geometry.num_tokens - shard.length
+    padded = (torch.nn.functional.pad(x, (0, 0) * (x.dim() - 3) + (0, tail)) for x in tensors)
+    return [x[:, :, shard.geometry.positions].contiguous() for x in padded]
+
+
+@functools.cache  # once per worker process
+def whole_ring():
+    """The ring of all ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    return connect(mesh, ("cp",), ()).ring
+
+
+def attend_on_rank(*args, **options):
+    return attend_once(whole_ring(), *args, **options)
+
+
+def assert_equal_plans(plan, expected):
+    assert torch.equal(plan.tiles, expected.tiles)
+    assert (plan.columns is None) == (expected.columns is None)
+    assert plan.columns is None or torch.equal(plan.columns, expected.columns)
+    assert plan.column_group is None or torch.equal(plan.column_group, expected.column_group)
+
+
+def assert_equals_oracle(full, plan, name, heads=HEADS):
+    batch = make_batch(name)
+    size, length = batch["input_ids"].shape
+    q, k, v, dout, dlse = oracle.inputs(size, *heads, length, DIM)
+    mask = oracle.expand(plan, heads[0])[:, :, :length, :length]
+    out, _, *grads = oracle.attention(q, k, v, mask, dout, dlse * 0)
+    for what, actual, expected in zip(("out", "dq", "dk", "dv"), full, (out, *grads), strict=True):
+        assert oracle.max_error(actual, expected) <= 1e-10, what
+
+
+@pytest.mark.parametrize(
+    "world,pattern,layout,name", pairwise([2, 3, 4], list(PATTERNS), LAYOUTS, list(BATCHES))
+)
+def test_equals_threads(world, pattern, layout, name):
+    """The same plans bit for bit, the same results to rounding, the same report on every rank."""
+    args = (PATTERNS[pattern], layout, name)
+    expected = run_threads(world, lambda transport: attend_once(transport, *args))
+    for mine, threads in zip(pool.run(world, attend_on_rank, *args), expected, strict=True):
+        assert_equal_plans(mine[1], threads[1])
+        for what, actual, wanted in zip(("out", "dq", "dk", "dv"), mine[0], threads[0], strict=True):
+            assert oracle.relative_error(actual, wanted) <= ROUNDING, what
+        assert report_values(mine[2]) == pytest.approx(report_values(threads[2]), rel=1e-6)
+
+
+def report_values(report):
+    """All numbers of a report."""
+    return [
+        report.density, report.density_tiles, report.recall, report.worker_imbalance, report.step_imbalance,
+        *report.work.ravel().tolist(), *report.bytes_moved.values(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "world,pattern,layout,name",
+    [
+        (2, "vertical-slash", "zigzag", "packed"),
+        (3, "segments", "striped", "batch 2"),
+        (4, "sink-window", "contiguous", "ragged"),
+        (4, "dense", "auto", "packed"),
+    ],
+)
+def test_equals_oracle_in_fp64(world, pattern, layout, name):
+    for full, plan, _ in pool.run(world, attend_on_rank, PATTERNS[pattern], layout, name, torch.float64):
+        assert_equals_oracle(full, plan, name)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_uneven_shards(pattern):
+    """A layout of one's own: other numbers of blocks on every rank, none on one."""
+    layout = from_assignment(((5, 0, 11), (), (1, 2, 3, 4, 6, 7, 8), (12, 9, 10)), SIZE)
+    for full, plan, _ in pool.run(4, attend_on_rank, PATTERNS[pattern], layout, "ragged", torch.float64):
+        assert_equals_oracle(full, plan, "ragged")
+
+
+def test_report_counts_bytes():
+    """Keys travel W - 1 hops forward and backward, gradients W hops in fp32; columns are all-reduced."""
+    world, blocks = 3, 6  # 16 blocks on 3 ranks, padded to 18
+    wire = 2 * HEADS[1] * blocks * SIZE * DIM * 4
+    columns = 2 * HEADS[1] * 5 * DIM * 4  # 5 sinks
+    expected = {
+        "keys": world * 2 * (world - 1) * wire,
+        "grads": world * world * wire,
+        "columns": world * 3 * (2 * (world - 1) * columns // world),
+    }
+    results = pool.run(world, attend_on_rank, PATTERNS["sink-window"], "striped", "even")
+    for _, _, report in results:
+        assert report.bytes_moved == expected
+
+
+def recall_of_shards():
+    cp = ContextParallel(whole_ring(), pattern="dense", layout="zigzag", block_size=SIZE, recall_every=2)
+    batch, sampled = make_batch("packed"), []
+    for _ in range(4):
+        shard = cp.shard(batch)
+        q, k, v, *_ = local_inputs(shard, oracle.inputs(1, *HEADS, 250, DIM, dtype=torch.float32))
+        cp.attention(q, k, v, shard)
+        sampled.append(cp.report().recall)
+    return sampled
+
+
+def test_recall_is_sampled_every_so_often():
+    for sampled in pool.run(2, recall_of_shards):
+        assert sampled == [pytest.approx(1.0, abs=1e-5), None, pytest.approx(1.0, abs=1e-5), None]
+
+
+# -- groups of a larger job ---------------------------------------------------------------------------
+
+
+def data_parallel_step(names):
+    """On a 2 x 2 mesh with axes in the given order: attention, a loss and summed gradients."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    cp = ContextParallel(
+        mesh, data_axes=("dp",), pattern=PATTERNS["sink-window"], layout="zigzag", block_size=SIZE,
+        grad_reduce="sum",
+    )  # fmt: skip
+    replica = mesh["dp"].get_local_rank()
+    batch, embedding, weight = data_parallel_inputs(replica)
+    shard = cp.shard(batch)
+    (x,) = local_inputs(shard, [embedding[batch["input_ids"]][:, None]])
+    x = x.expand(-1, 2, -1, -1)
+    model = torch.nn.Linear(DIM, 11, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    out = cp.attention(x, x, x, shard)
+    loss = cp.loss(model(out.mean(1)), shard)
+    loss.backward()
+    cp.sum_gradients(model)
+    peers = (cp.transport.ranks, tuple(sorted(cp.everyone.ranks)))
+    return replica, peers, cp.unshard(out, shard, dim=2), loss.item(), model.weight.grad, shard.tokens
+
+
+def data_parallel_inputs(replica):
+    """Another batch for every replica, the first with few labels; everything else is the same."""
+    g = torch.Generator().manual_seed(3)
+    embedding = torch.randn(11, DIM, generator=g, dtype=torch.float64)
+    weight = torch.randn(11, DIM, generator=g, dtype=torch.float64)
+    tokens = torch.randint(11, (2, 1, 150), generator=g)[replica]
+    labels = tokens.clone()
+    if replica == 0:
+        labels[:, 20:] = -100
+    return {"input_ids": tokens, "labels": labels}, embedding, weight
+
+
+def data_parallel_reference():
+    """The same step of both batches in one process: outputs, loss, gradient, valid labels."""
+    outs, logits, targets = [], [], []
+    weight = data_parallel_inputs(0)[2].requires_grad_()
+    for replica in range(2):
+        batch, embedding, _ = data_parallel_inputs(replica)
+        cp = ContextParallel(None, pattern=PATTERNS["sink-window"], block_size=SIZE)
+        shard = cp.shard(batch)
+        (x,) = local_inputs(shard, [embedding[batch["input_ids"]][:, None]])
+        x = x.expand(-1, 2, -1, -1)
+        outs.append(cp.unshard(cp.attention(x, x, x, shard), shard, dim=2))
+        logits.append(outs[-1].mean(1)[0, :-1] @ weight.T)
+        targets.append(batch["labels"][0, 1:])
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets))
+    loss.backward()
+    return outs, loss.item(), weight.grad, int((torch.cat(targets) >= 0).sum())
+
+
+@pytest.mark.parametrize(
+    "names,groups", [(("dp", "cp"), [(0, 1), (2, 3)]), (("cp", "dp"), [(0, 2), (1, 3)])]
+)
+def test_data_parallel_groups(names, groups):
+    """Context parallelism times data parallelism, whichever ranks form the groups."""
+    outs, loss, gradient, tokens = data_parallel_reference()
+    for rank, result in enumerate(pool.run(4, data_parallel_step, names)):
+        replica, (ring, everyone), out, *rest = result
+        assert ring == groups[replica] and rank in ring and everyone == (0, 1, 2, 3)
+        assert oracle.max_error(out, outs[replica]) <= 1e-12
+        assert rest[0] == pytest.approx(loss, abs=1e-12)
+        assert oracle.max_error(rest[1], gradient) <= 1e-12
+        assert rest[2] == tokens
+
+
+def attend_in_subgroup(ranks, layout):
+    """Only `ranks` take part, in this order; the others build the mesh and do nothing else."""
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("cp",))
+    if dist.get_rank() not in ranks:
+        with pytest.raises(ValueError, match="is not in the mesh"):
+            ContextParallel(mesh)
+        return None
+    full, plan, report = attend_once(connect(mesh, ("cp",), ()).ring, PATTERNS["segments"], layout, "batch 2")
+    return full, plan, report_values(report)
+
+
+@pytest.mark.parametrize("ranks", [[1, 2, 3], [3, 1, 2]])
+def test_subgroup_of_a_job(ranks):
+    """A ring that does not start at rank 0, or does not ascend, is as good as any other."""
+    args = (PATTERNS["segments"], "striped", "batch 2")
+    expected = run_threads(3, lambda transport: attend_once(transport, *args))
+    results = pool.run(4, attend_in_subgroup, ranks, "striped")
+    assert results[0] is None
+    for place, rank in enumerate(ranks):
+        full, plan, numbers = results[rank]
+        assert_equal_plans(plan, expected[place][1])
+        assert numbers == pytest.approx(report_values(expected[place][2]), rel=1e-6)
+        for actual, wanted in zip(full, expected[place][0], strict=True):
+            assert oracle.relative_error(actual, wanted) <= ROUNDING
+
+
+# -- ranks that differ --------------------------------------------------------------------------------
+
+
+def error_of(body):
+    """The exception that body() raises, and the seconds until it does."""
+    start = time.monotonic()
+    try:
+        body()
+    except Exception as error:
+        error.__traceback__ = None
+        return error, time.monotonic() - start
+    return None, time.monotonic() - start
+
+
+def shard_other_batch(what):
+    """The last rank holds another batch, layout or step than the others."""
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    cp = ContextParallel(whole_ring(), layout="striped" if odd and what == "layout" else "zigzag", block_size=SIZE)
+    tokens = torch.arange(200)[None]
+    batch = {"input_ids": tokens, "labels": tokens, "document_ids": tokens // 100}
+    if odd:
+        changes = {
+            "tokens": {"input_ids": tokens.flip(1)},
+            "length": {name: x[:, :190] for name, x in batch.items()},
+            "batch size": {name: x.expand(2, -1) for name, x in batch.items()},
+            "documents": {"document_ids": tokens // 90},
+            "labels": {"labels": tokens.flip(1)},
+        }
+        batch |= changes.get(what, {})
+        if what == "no labels":
+            del batch["labels"]
+        if what == "step":
+            cp.load_state_dict(cp.state_dict() | {"step": 5})
+    return error_of(lambda: cp.shard(batch))[0]
+
+
+@pytest.mark.parametrize(
+    "what", ["tokens", "length", "batch size", "documents", "labels", "no labels", "layout", "step"]
+)
+def test_shard_proves_agreement(what):
+    """Without debug: cp.shard finds what differs before anything moves, on every rank."""
+    for error in pool.run(3, shard_other_batch, what):
+        assert isinstance(error, RingDesyncError)
+        name = "labels" if what == "no labels" else what
+        assert f"ranks disagree on {name}" in str(error) and "ranks 0 to 2" in str(error)
+
+
+def attend_otherwise(what):
+    """In its first attention the last rank has other tensors, or is elsewhere."""
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    cp = ContextParallel(whole_ring(), pattern="dense", layout="zigzag", block_size=SIZE)
+    shard = cp.shard(make_batch("even"))
+    heads, dtype, dim, layer = HEADS, torch.float32, DIM, 0
+    if odd:
+        heads = {"query heads": (2, 2), "key heads": (4, 4)}.get(what, heads)
+        dtype = torch.float64 if what == "dtype" else dtype
+        dim = 16 if what == "head dim" else dim
+        layer = 1 if what == "layer" else layer
+        if what == "layout":
+            shard.layout = striped(shard.layout.num_blocks, shard.layout.world, SIZE)
+    q, k, v, *_ = local_inputs(shard, oracle.inputs(1, *heads, 256, dim, dtype=dtype))
+    return error_of(lambda: cp.attention(q, k, v, shard, layer=layer))[0]
+
+
+@pytest.mark.parametrize("what", ["query heads", "key heads", "head dim", "dtype", "layer", "layout"])
+def test_attention_proves_agreement(what):
+    for error in pool.run(3, attend_otherwise, what):
+        assert isinstance(error, RingDesyncError)
+        assert f"ranks disagree on {what}" in str(error) and "attention layer" in str(error)
+
+
+def transfer_other_step(patience):
+    """debug: rank 1 believes to be in another step when keys, or gradients, move."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    cp = ContextParallel(
+        mesh, pattern="dense", layout="zigzag", block_size=SIZE, debug=True, timeout=patience
+    )
+    shard = cp.shard(make_batch("even"))
+    q, k, v, dout, _ = local_inputs(shard, oracle.inputs(1, *HEADS, 256, DIM, dtype=torch.float32))
+    q.requires_grad_()
+    bound = shard.plan(0, q, k, v, 1.0)
+    ring = shard.ring(0, steps("reference", q))
+    ring_attention(q, k, v, bound, ring, 1.0)[0].backward(dout)  # nobody objects
+    if dist.get_rank() == 1:
+        ring = replace(ring, header=(shard.step + 1, *ring.header[1:]))
+    return error_of(lambda: ring_attention(q, k, v, bound, ring, 1.0))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_debug_checks_every_transfer(world):
+    """Both ends of the wrong transfer name it; ranks that only wait for them give up in time."""
+    results = pool.run(world, transfer_other_step, 2.0, last=True, timeout=30)
+    for rank, (error, seconds) in enumerate(results):
+        assert isinstance(error, RingDesyncError if rank in (1, 2 % world) else RingTimeoutError)
+        assert "keys" in str(error) and seconds < 10
+
+
+def one_rank_leaves(how, patience):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    cp = ContextParallel(mesh, layout="zigzag", block_size=SIZE, timeout=patience)
+    shard = cp.shard(make_batch("even"))
+    q, k, v, *_ = local_inputs(shard, oracle.inputs(1, *HEADS, 256, DIM, dtype=torch.float32))
+    cp.attention(q, k, v, shard)
+    if dist.get_rank() == 1:
+        if how == "exits":
+            dist.destroy_process_group()
+            return None
+        return error_of(lambda: cp.attention(q[:, :, 1:], k, v, shard))
+    return error_of(lambda: cp.attention(q, k, v, shard, layer=1))
+
+
+@pytest.mark.parametrize("how", ["raises", "exits"])
+def test_a_rank_that_leaves(how):
+    """The others raise a typed error within the timeout and say for what they waited."""
+    results = pool.run(3, one_rank_leaves, how, 2.0, last=True, timeout=30)
+    if how == "raises":
+        assert isinstance(results[1][0], ValueError)
+    for rank in (0, 2):
+        error, seconds = results[rank]
+        assert isinstance(error, RingTimeoutError) and f"rank {rank}: " in str(error)
+        assert "over ranks (0, 1, 2)" in str(error) and seconds < 10
+
+
+# -- the pool itself ----------------------------------------------------------------------------------
+
+
+def fail_on(rank, how):
+    print("a last word", file=sys.stderr, flush=True)
+    if dist.get_rank() == rank and how == "raises":
+        raise KeyError("lost key")
+    if dist.get_rank() == rank and how == "dies":
+        os._exit(7)
+    time.sleep(30)
+
+
+def process_id():
+    return os.getpid()
+
+
+@pytest.mark.parametrize(
+    "how,text", [("raises", "rank 1 of 2 failed.*lost key"), ("dies", "rank 1 died, exit code 7"), ("hangs", "not finish")]
+)
+def test_pool_reports_and_recovers(how, text):
+    """Failures carry the traceback and output of the rank, end its processes, and leave the next call well."""
+    before = pool.run(2, process_id)
+    with pytest.raises(pool.PoolError, match=f"(?s){text}.*a last word"):
+        pool.run(2, fail_on, 1, how, timeout=1.0)
+    for process in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    assert set(pool.run(2, process_id)).isdisjoint(before)
