@@ -137,7 +137,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     import torch
     import tyro
 
-    return tyro.cli(TrainConfig, args=arguments, default=default_config(torch.cuda.is_available()))
+    default = default_config(torch.cuda.is_available())
+    return tyro.cli(TrainConfig, prog="sparring train", args=arguments, default=default)
 
 
 def describe(config: TrainConfig) -> str:

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..balance import step_imbalance, worker_imbalance
 from .metrics import read_metrics
@@ -41,14 +42,14 @@ def write_report(run_dir: str | Path) -> Path:
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     work = [row for row in rows.get("work", []) if row["step"] == rows["work"][-1]["step"]]
-    layers = rows.get("layers", [])
+    layers, steps = rows.get("layers", []), rows["train"][-1]["step"] + 1
     with matplotlib.rc_context(_style()):
         figure = Figure(figsize=(13, 8 if work else 4.4), layout="constrained")
         top, *below = figure.subfigures(2, 1, height_ratios=(1.15, 1)) if work else (figure,)
         loss, density, recall = top.subplots(1, 3, width_ratios=(1.5, 1, 1))
         _draw_loss(loss, rows, summary.get("pattern", "sparse"))
-        _draw_layers(density, layers, "density", "density per layer")
-        _draw_layers(recall, layers, "recall", "recall per layer")
+        _draw_layers(density, layers, "density", steps)
+        _draw_layers(recall, layers, "recall", steps)
         if work:
             _draw_work(below[0], work)
         figure.suptitle(_title(summary), color=MUTED, fontsize=10, x=0.012, ha="left")
@@ -96,22 +97,24 @@ def _draw_loss(axes: Axes, rows: dict[str, list[dict[str, Any]]], pattern: str) 
             label = f"{label}  {loss[-1]:.3f}"
             axes.plot(steps, loss, color=color, linewidth=width, label=label)
     axes.set(title="loss", xlabel="step", ylabel="nats per byte")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(title="last step", alignment="left")
 
 
-def _draw_layers(axes: Axes, rows: list[dict[str, Any]], name: str, title: str) -> None:
+def _draw_layers(axes: Axes, rows: list[dict[str, Any]], name: str, steps: int) -> None:
     rows = [row for row in rows if row.get(name)]
-    axes.set(title=title, xlabel="step")
+    axes.set(title=f"{name} per layer", xlabel="step", xlim=(0, steps + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not rows:
         axes.text(0.5, 0.5, "not measured", ha="center", color=MUTED, transform=axes.transAxes)
         return
     values = np.array([row[name] for row in rows], dtype=float)
-    steps = [row["step"] + 1 for row in rows]
+    at = [row["step"] + 1 for row in rows]
     colors = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, values.shape[1]))
     for layer, color in enumerate(colors):
-        marker = "o" if len(steps) < 20 else None
+        marker = "o" if len(at) < 20 else None
         style = {"color": color, "linewidth": 1.5, "marker": marker, "markersize": 3}
-        axes.plot(steps, values[:, layer], **style, label=f"layer {layer}")
+        axes.plot(at, values[:, layer], **style, label=f"layer {layer}")
     axes.set_ylim(0, 1.03)
     handles, labels = axes.get_legend_handles_labels()
     shown = range(len(labels)) if len(labels) <= 4 else (0, len(labels) // 2, len(labels) - 1)
@@ -154,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`sparring report [RUN]`: draw the report of a run again."""
     parser = argparse.ArgumentParser(prog="sparring report", description=write_report.__doc__)
     parser.add_argument("run_dir", nargs="?", default="runs/quickstart")
-    print(write_report(parser.parse_args(arguments).run_dir))
+    try:
+        print(write_report(parser.parse_args(arguments).run_dir))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

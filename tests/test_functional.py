@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import tiny_models
 import torch
 from tiny_models import BLOCK, VOCAB, TinyGPT, assert_same_step, make_batch, reference, sharded
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -71,9 +76,7 @@ def test_two_micro_batches_in_flight(world, checkpointing):
 
     def body(transport):
         own = replicas[transport.rank]
-        cp = ContextParallel(
-            transport, pattern=pattern, layout="zigzag", block_size=BLOCK, grad_reduce="sum"
-        )
+        cp = ContextParallel(transport, pattern=pattern, layout="zigzag", block_size=BLOCK, grad_reduce="sum")
         cp.attach(own)
         shards, losses = [], []
         for batch in batches:
@@ -81,7 +84,8 @@ def test_two_micro_batches_in_flight(world, checkpointing):
             losses.append(cp.loss(own(**shards[-1].inputs), shards[-1]))
         records = [shard.record for shard in shards]
         plans = [cp.plans(shard) for shard in shards]
-        del shards  # the graph keeps them
+        del shards
+        gc.collect()  # the graph keeps them
         losses[1].backward()
         losses[0].backward()
         cp.sum_gradients(own)
@@ -145,77 +149,226 @@ def test_evaluation_without_gradients():
 
 
 class Core(nn.Module):
-    """A module with one attention call, made by a function that a test gives."""
+    """A module with one call of `attention(q, k, v)`, by default the supported one."""
 
-    def __init__(self, call=None):
+    def __init__(self, attention=None):
         super().__init__()
         self.linear = nn.Linear(8, 24)
-        self.call = call or attend
+        self.attention = attention or causal
 
-    def forward(self, x, *rest):
-        return x + self.call(self, x, *rest)
-
-
-def attend(module, x, *rest):
-    q, k, v = project(module, x)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+    def forward(self, x, *unused):
+        q, k, v = self.linear(x)[:, None].chunk(3, -1)
+        return x + self.attention(q, k, v)[:, 0]
 
 
-def project(module, x):
-    return module.linear(x)[:, None].chunk(3, -1)
+def causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Stack(nn.Module):
-    """Two cores; run(core, x) says how each is called."""
+    """Two cores; run(stack, core, x) calls one."""
 
-    def __init__(self, run, call=None):
+    def __init__(self, run=None, attention=None):
         super().__init__()
-        self.cores = nn.ModuleList(Core(call) for _ in range(2))
+        torch.manual_seed(0)
+        self.cores = nn.ModuleList(Core(attention) for _ in range(2))
         self.norm = nn.LayerNorm(8)
         self.table = nn.Parameter(torch.ones(1))
-        self.run = run
+        self.run = run or (lambda stack, core, x: core(x))
 
-    def forward(self, x):
+    def forward(self, inputs_embeds, position_ids=None):
         for core in self.cores:
-            x = self.run(self, core, x)
-        return x
+            inputs_embeds = self.run(self, core, inputs_embeds)
+        return inputs_embeds
 
 
-def in_flight(run, call=None, count=2):
-    """Forward of `count` shards, then their backwards in the same order; the shards' covered counts."""
-    torch.manual_seed(0)
-    model, cp = single(Stack(run, call))
-    shards = [cp.shard({"inputs_embeds": torch.randn(1, 64 + 32 * n, 8)}) for n in range(count)]
-    with pytest.warns(UserWarning, match="position_ids"):
-        outputs = [model(s.inputs["inputs_embeds"].requires_grad_(), sparring_shard=s) for s in shards]
+def embeds(length):
+    return {"inputs_embeds": torch.randn(1, length, 8, generator=torch.Generator().manual_seed(length))}
+
+
+def in_flight(run=None, attention=None):
+    """Two forwards, then their backwards in the same order; the model and what each shard covered."""
+    model, cp = single(Stack(run, attention))
+    shards = [cp.shard(embeds(length)) for length in (64, 96)]
+    for shard in shards:
+        shard.inputs["inputs_embeds"].requires_grad_()  # reentrant checkpoints need it
+    outputs = [model(**shard.inputs) for shard in shards]
     for output in outputs:
-        output.sum().backward()
-    covered = [
-        [[int(n) for n in runs] for runs in shard.record.covered.values()] for shard in shards
-    ]
-    return model, covered
+        output.square().sum().backward()
+    return model, [[list(map(int, x)) for x in s.record.covered.values()] for s in shards]
 
 
 RUNS = {
-    "a module": lambda stack, core, x, **o: checkpoint(core, x, **o),
-    "a function of modules": lambda stack, core, x, **o: checkpoint(lambda y: core(stack.norm(y)), x, **o),
-    "a table of the model among its arguments": lambda stack, core, x, **o: checkpoint(
-        core, x, stack.table, **o
-    ),
-    "a view of the activation": lambda stack, core, x, **o: checkpoint(core, x.view(1, -1, 8)[:, :], **o),
-    "a module in a module": lambda stack, core, x, **o: checkpoint(nn.Sequential(core, nn.Identity()), x, **o),
+    "a module": lambda call, stack, core, x: call(core, x),
+    "a function of modules": lambda call, stack, core, x: call(lambda y: core(stack.norm(y)), x),
+    "with a tensor of all shards": lambda call, stack, core, x: call(core, x, stack.table),
+    "on a view": lambda call, stack, core, x: call(core, x.transpose(0, 1).transpose(0, 1)[:, :]),
+    "nested": lambda call, stack, core, x: call(lambda y: call(core, stack.norm(y)), x),
 }
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("what", RUNS)
 def test_recomputation_finds_its_shard(what, reentrant):
-    plain, expected = in_flight(lambda stack, core, x: core(RUNS_PLAIN.get(what, nn.Identity())(x)))
-    if what == "a function of modules":
-        plain, expected = in_flight(lambda stack, core, x: core(stack.norm(x)))
-    model, covered = in_flight(lambda *a: RUNS[what](*a, use_reentrant=reentrant))
-    for once, twice in zip(expected, covered, strict=True):
-        assert twice == [runs * 2 for runs in once]
-    for name, parameter in model.named_parameters():
-        gradient = dict(plain.named_parameters())[name].grad
-        assert gradient is None or torch.equal(parameter.grad, gradient), name
+    plain, expected = in_flight(partial(RUNS[what], lambda function, *args: function(*args)))
+    model, covered = in_flight(partial(RUNS[what], partial(checkpoint, use_reentrant=reentrant)))
+    for once, again in zip(expected, covered, strict=True):
+        assert [set(runs) for runs in again] == [set(runs) for runs in once]
+        assert all(len(runs) >= 2 for runs in again)
+    for parameter, same in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad is None) == (same.grad is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, same.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_in_another_thread(reentrant):
+    """As the backward of CUDA tensors is."""
+    batch, documents = make_batch("packed")
+    expected = reference(TinyGPT(), batch, documents)
+    model, cp = single(TinyGPT(checkpointing="reentrant" if reentrant else "non-reentrant"))
+    shard = cp.shard(batch)
+    loss = cp.loss(model(**shard.inputs), shard)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert_same_step([{"loss": loss.item(), "grads": tiny_models.gradients(model)}], expected)
+    assert [len(runs) for runs in shard.record.covered.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_shards_are_freed_after_their_backward(checkpointing):
+    batch, _ = make_batch("whole", 90)
+    model, cp = single(TinyGPT(checkpointing=checkpointing))
+    shards = []
+    for _ in range(3):
+        shard = cp.shard(batch)
+        cp.loss(model(**shard.inputs), shard).backward()
+        shards.append(weakref.ref(shard))
+    del shard
+    gc.collect()
+    assert [ref() is None for ref in shards[:2]] == [True, True]
+
+
+def test_checkpoint_around_the_bare_function_reentrant():
+    with pytest.raises(NotImplementedError, match="cores.0.*reentrant checkpoint.*whole modules"):
+        in_flight(attention=lambda *qkv: checkpoint(causal, *qkv, use_reentrant=True))
+
+
+def test_checkpoint_around_the_bare_function_non_reentrant():
+    with pytest.raises(CheckpointError):
+        in_flight(attention=lambda *qkv: checkpoint(causal, *qkv, use_reentrant=False))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_a_module_with_unknown_arguments(reentrant):
+    with pytest.raises(NotImplementedError, match="cores.1.*recomputed.*whole modules"):
+        in_flight(lambda _, core, x: checkpoint(lambda y: core(2 * y), x, use_reentrant=reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_of_one_tensor_for_two_shards(reentrant):
+    model, cp = single(Stack(lambda _, core, x: checkpoint(core, x, use_reentrant=reentrant)))
+    shards = [cp.shard(embeds(64)) for _ in range(2)]
+    x = shards[0].inputs["inputs_embeds"].requires_grad_()
+    outputs = [model(x, s.inputs["position_ids"], sparring_shard=s) for s in shards]
+    with pytest.raises(NotImplementedError, match="cores.0.*recomputed"):
+        outputs[0].sum().backward()
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+REFUSED = {
+    "attn_mask": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(64, 64).tril().bool()),
+        NotImplementedError,
+    ),
+    "dropout_p = 0.1": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True),
+        NotImplementedError,
+    ),
+    "is_causal = False": (F.scaled_dot_product_attention, NotImplementedError),
+    "3-D queries": (lambda q, k, v: causal(q[:, 0], k[:, 0], v[:, 0])[None], NotImplementedError),
+    "32 queries and 64 keys": (lambda q, k, v: causal(q[:, :, :32], k, v), NotImplementedError),
+    "2 query heads and 1 key heads": (
+        lambda q, k, v: causal(q.expand(-1, 2, -1, -1), k, v),
+        ValueError,
+    ),
+    "q has 32 tokens": (lambda q, k, v: causal(q[:, :, :32], k[:, :, :32], v[:, :, :32]), ValueError),
+    "multi_head_attention_forward": (
+        lambda q, k, v: nn.MultiheadAttention(8, 1)(q[:, 0], k[:, 0], v[:, 0])[0],
+        NotImplementedError,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_unsupported_calls_are_refused_by_name(what):
+    attention, error = REFUSED[what]
+    model, cp = single(Stack(attention=attention))
+    with pytest.raises(error, match=what):
+        model(**cp.shard(embeds(64)).inputs)
+
+
+def test_shared_layers_are_refused():
+    model, cp = single(Stack(lambda stack, core, x: stack.cores[0](x)))
+    with pytest.raises(NotImplementedError, match="cores.0.*twice"):
+        model(**cp.shard(embeds(64)).inputs)
+
+
+def test_a_model_without_attention_is_refused():
+    model, cp = single(Stack(lambda stack, core, x: stack.norm(x)))
+    with pytest.raises(RuntimeError, match="without a call of scaled_dot_product_attention"):
+        model(**cp.shard(embeds(64)).inputs)
+
+
+def test_shards_that_do_not_fit_are_refused():
+    model, cp = single(Stack())
+    _, other = single(Stack())
+    shard = cp.shard(embeds(64))
+    with pytest.raises(ValueError, match="without a shard"):
+        model(shard.inputs["inputs_embeds"])
+    with pytest.raises(ValueError, match="another ContextParallel"):
+        model(**other.shard(embeds(64)).inputs)
+    with pytest.warns(UserWarning, match="position_ids"):
+        model(shard.inputs["inputs_embeds"], sparring_shard=shard)
+
+
+def wrap_inside(wrapper):
+    model = Stack()
+    model.cores[1] = wrapper(model.cores[1])
+    return model
+
+
+WRAPPED = {
+    "torch.compile": lambda: torch.compile(Stack()),
+    "torch.compile already": lambda: wrap_inside(lambda core: (core.compile(), core)[1]),
+    "activation checkpointing": lambda: wrap_inside(checkpoint_wrapper),
+    "DataParallel": lambda: nn.DataParallel(Stack()),
+    "already attached": lambda: single(Stack())[0],
+}
+
+
+@pytest.mark.parametrize("what", WRAPPED)
+def test_other_orders_than_attach_first_are_refused(what):
+    with pytest.raises(ValueError, match=what):
+        single(WRAPPED[what]())
+
+
+def test_script_modules_are_refused():
+    with pytest.raises(NotImplementedError, match="TorchScript"):
+        single(wrap_inside(lambda core: torch.jit.trace(nn.LayerNorm(8), torch.ones(8))))
+
+
+def test_attached_models_are_not_copied():
+    model, cp = single(Stack())
+    with pytest.raises(NotImplementedError, match="copied"):
+        copy.deepcopy(model)
+    with pytest.raises(ValueError, match="attach was called before"):
+        cp.attach(Stack())
+
+
+def test_import_needs_no_optional_package():
+    code = (
+        "import sys, sparring.cp; print([m for m in ('transformers', 'triton', 'ray') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

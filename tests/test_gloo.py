@@ -207,9 +207,7 @@ def data_parallel_reference():
     return outs, loss.item(), weight.grad, int((torch.cat(targets) >= 0).sum())
 
 
-@pytest.mark.parametrize(
-    "names,groups", [(("dp", "cp"), [(0, 1), (2, 3)]), (("cp", "dp"), [(0, 2), (1, 3)])]
-)
+@pytest.mark.parametrize("names,groups", [(("dp", "cp"), [(0, 1), (2, 3)]), (("cp", "dp"), [(0, 2), (1, 3)])])
 def test_data_parallel_groups(names, groups):
     """Context parallelism times data parallelism, whichever ranks form the groups."""
     outs, loss, gradient, tokens = data_parallel_reference()
@@ -265,15 +263,17 @@ def error_of(body):
 def shard_other_batch(what):
     """The last rank holds another batch, layout or step than the others."""
     odd = dist.get_rank() == dist.get_world_size() - 1
-    cp = ContextParallel(whole_ring(), layout="striped" if odd and what == "layout" else "zigzag", block_size=SIZE)
+    cp = ContextParallel(
+        whole_ring(), layout="striped" if odd and what == "layout" else "zigzag", block_size=SIZE
+    )
     tokens = torch.arange(200)[None]
     batch = {"input_ids": tokens, "labels": tokens, "document_ids": tokens // 100}
     if odd:
         changes = {
-            "tokens": {"input_ids": tokens.flip(1)},
+            "input_ids": {"input_ids": tokens.flip(1)},
             "length": {name: x[:, :190] for name, x in batch.items()},
             "batch size": {name: x.expand(2, -1) for name, x in batch.items()},
-            "documents": {"document_ids": tokens // 90},
+            "document_ids": {"document_ids": tokens // 90},
             "labels": {"labels": tokens.flip(1)},
         }
         batch |= changes.get(what, {})
@@ -285,7 +285,7 @@ def shard_other_batch(what):
 
 
 @pytest.mark.parametrize(
-    "what", ["tokens", "length", "batch size", "documents", "labels", "no labels", "layout", "step"]
+    "what", ["input_ids", "length", "batch size", "document_ids", "labels", "no labels", "layout", "step"]
 )
 def test_shard_proves_agreement(what):
     """Without debug: cp.shard finds what differs before anything moves, on every rank."""
@@ -388,7 +388,12 @@ def process_id():
 
 
 @pytest.mark.parametrize(
-    "how,text", [("raises", "rank 1 of 2 failed.*lost key"), ("dies", "rank 1 died, exit code 7"), ("hangs", "not finish")]
+    "how,text",
+    [
+        ("raises", "rank 1 of 2 failed.*lost key"),
+        ("dies", "rank 1 died, exit code 7"),
+        ("hangs", "not finish"),
+    ],
 )
 def test_pool_reports_and_recovers(how, text):
     """Failures carry the traceback and output of the rank, end its processes, and leave the next call well."""

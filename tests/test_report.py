@@ -8,7 +8,7 @@ import pytest
 
 from sparring.launch.config import TrainConfig
 from sparring.launch.metrics import MetricsWriter, ProgressReport, progress_text, read_metrics
-from sparring.launch.report import write_report
+from sparring.launch.report import main, write_report
 from sparring.launch.summary import summarize
 
 STEPS = 12
@@ -107,3 +107,5 @@ def test_report_needs_nothing_but_training_rows(tmp_path):
 def test_report_of_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no training steps"):
         write_report(tmp_path)
+    with pytest.raises(SystemExit, match="holds no training steps"):
+        main([str(tmp_path)])

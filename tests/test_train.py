@@ -91,9 +91,7 @@ def test_two_ranks_have_the_trace_of_one(whole, text, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "sparring.launch.train", *options, "--no-compare", "--out", str(tmp_path / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["world_size"] == 2
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
