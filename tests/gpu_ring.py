@@ -32,11 +32,11 @@ def tensors(dtype):
     return [x.to(dtype) for x in (q, k, v, dout)]
 
 
-def one_device(q, k, v, dout, plan):
-    """out, dq, dk, dv of the same plan without any ring, in fp32 from the same (rounded) inputs."""
-    leaves = [x.float().requires_grad_() for x in (q, k, v)]
-    out, _ = attend(*leaves, plan, impl="reference")
-    return out, *torch.autograd.grad(out, leaves, dout.float())
+def one_device(q, k, v, dout, plan, dtype=torch.float32, impl="reference"):
+    """out, dq, dk, dv of the same plan without any ring, from the same (rounded) inputs."""
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    out, _ = attend(*leaves, plan, impl=impl)
+    return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
 
 
 def relative(actual, expected) -> float:

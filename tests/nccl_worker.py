@@ -36,12 +36,14 @@ def main() -> None:
                 torch.cuda.set_sync_debug_mode("default")
             full = [cp.unshard(x, shard, dim=2) for x in (out, *grads)]
             expected = one_device(q, k, v, dout, cp.plans(shard)[0])
+            alone = one_device(q, k, v, dout, cp.plans(shard)[0], dtype, "auto")
             report = cp.report(shard)
             results.append(
                 {
                     "pattern": name,
                     "dtype": str(dtype),
                     "errors": [relative(a, b) for a, b in zip(full, expected, strict=True)],
+                    "alone": [relative(a, b) for a, b in zip(alone, expected, strict=True)],
                     "density": report.density,
                     "recall": report.recall,
                 }

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FP32, BF16 = 2e-5, 1.5e-2  # bf16: two roundings of 2^-8 on values of one magnitude with the maximum
+FP32 = 2e-5
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -49,6 +49,9 @@ def test_nccl_ring_matches_one_gpu_without_host_sync(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     for result in json.loads(out.read_text()):
-        bound = FP32 if result["dtype"] == "torch.float32" else BF16
-        assert max(result["errors"]) <= bound, result
+        # A ring may not be less precise than one device with the same kernels.
+        for error, alone in zip(result["errors"], result["alone"], strict=True):
+            assert error <= 1.1 * alone + FP32, result
+        if result["dtype"] == "torch.float32":
+            assert max(result["errors"]) <= FP32, result
         assert 0 < result["density"] <= 1 and 0 < result["recall"] <= 1 + 1e-4
