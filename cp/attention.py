@@ -142,7 +142,8 @@ def _keys(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, steps):
     """Yields (step, keys and values [2, B, Hk, n*block, D] of its source), moving them meanwhile."""
     shape = _wire_shape(k, bound)
     own = torch.stack((k, v))
-    own = torch.nn.functional.pad(own, (0, 0, 0, shape[3] - k.shape[2]))
+    if own.shape[3] < shape[3]:  # a copy only where shards are uneven
+        own = torch.nn.functional.pad(own, (0, 0, 0, shape[3] - own.shape[3]))
     held: dict[int, Tensor] = {ring.transport.rank: own}
     arriving: dict[int, Pending] = {}
     for step in steps:

@@ -63,7 +63,7 @@ class GlobalLoss(torch.autograd.Function):
 
 
 def sum_gradients(parameters, everyone: Transport) -> None:
-    """Sums .grad over the group in place; a parameter without a gradient counts as zero everywhere."""
+    """Sums .grad over the group, in fp32; a parameter without a gradient counts as zero everywhere."""
     for parameter in parameters:
         if not parameter.requires_grad:
             continue
@@ -71,9 +71,9 @@ def sum_gradients(parameters, everyone: Transport) -> None:
             raise ValueError("sum_gradients on sharded (FSDP) parameters; FSDP reduces them itself")
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        gradient = parameter.grad.contiguous()
-        everyone.all_reduce(gradient).wait()
-        parameter.grad = gradient
+        total = parameter.grad.to(_precision(parameter.grad)).contiguous()
+        everyone.all_reduce(total).wait()
+        parameter.grad = total.to(parameter.dtype)
 
 
 def checksum(parameters) -> Tensor | None:

@@ -72,12 +72,32 @@ class Plan:
         return unpack_bits(self.tiles, self.geometry.num_blocks)
 
     def rows(self, geometry: Geometry) -> Plan:
-        """The part of this plan for the blocks that `geometry` holds; all of them must be held here."""
-        where = {block: row for row, block in enumerate(self.geometry.blocks)}
-        rows = torch.tensor([where[block] for block in geometry.blocks], dtype=torch.int64)
+        """The part of this plan for the blocks that `geometry` holds: the same batch, however padded.
+
+        ValueError if the plan is of another batch or lacks a block that is not padding.
+        """
+        own, size = self.geometry, geometry.block_size
+        if (own.block_size, own.documents) != (size, geometry.documents):
+            raise ValueError(
+                f"the plan is for blocks of {own.block_size} and documents {own.documents}, this batch has "
+                f"blocks of {size} and documents {geometry.documents}; use the plans of this batch"
+            )
+        where = {block: row for row, block in enumerate(own.blocks)}
+        end = max((end for ranges in own.documents for _, end in ranges), default=0)
+        missing = [block for block in geometry.blocks if block not in where and block * size < end]
+        if missing:
+            raise ValueError(
+                f"the plan has {len(where)} query blocks and lacks {missing[:4]}; use a plan of all blocks"
+            )
+        rows = torch.tensor([where.get(block, len(where)) for block in geometry.blocks], dtype=torch.int64)
         rows = rows.to(self.tiles.device)
-        group = None if self.column_group is None else self.column_group[rows]
-        return replace(self, geometry=geometry, tiles=self.tiles[:, :, rows], column_group=group)
+        pad = torch.nn.functional.pad
+        words = -(-geometry.num_blocks // WORD) - self.tiles.shape[3]  # if negative, of padding: cut off
+        tiles = pad(self.tiles, (0, words, 0, 1))[:, :, rows]  # the row added is that of padding: empty
+        columns, group = self.columns, self.column_group
+        if columns is not None:
+            columns = columns.masked_fill(columns >= own.num_tokens, geometry.num_tokens)
+        return Plan(geometry, tiles, columns, None if group is None else pad(group, (0, 1))[rows])
 
     def column_elements(self) -> Tensor:
         """int32 [B, max(Hm, Hc), held blocks, C]: visible pairs of each column outside chosen tiles."""

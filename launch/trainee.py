@@ -108,13 +108,14 @@ def train_step(
 def build_pattern(config: TrainConfig) -> Pattern:
     """The pattern that `config` names; vertical-slash with the budgets of `max_density`.
 
-    A column, or a block diagonal, reaches at most 2 / S, or 2 / blocks, of the pairs that a causal
-    document of S tokens allows. Columns and diagonals get half of the density each.
+    One eighth of the density goes to columns (of S tokens each holds at most 2 / S of the pairs of a
+    causal document), the rest to diagonals (of n blocks the m nearest hold 1 - (1 - m / n)^2).
     """
     if config.pattern not in PATTERNS:
         raise ValueError(f"pattern={config.pattern!r} must be one of {sorted(PATTERNS)}")
     if PATTERNS[config.pattern] is not VerticalSlash:
         return PATTERNS[config.pattern]()
-    columns = max(32, int(config.max_density * config.seq_len / 4))
-    slashes = max(2, int(config.max_density * config.seq_len / config.block_size / 4))
+    columns = max(32, int(config.max_density / 8 * config.seq_len / 2))
+    blocks = config.seq_len / config.block_size
+    slashes = max(2, int(blocks * (1 - math.sqrt(1 - config.max_density * 7 / 8))))
     return VerticalSlash(top_p=config.top_p, columns=(32, columns), slashes=(2, slashes))
