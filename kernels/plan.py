@@ -7,7 +7,7 @@ bit a tile) and knows no ranks; `bind` turns it into the lists that kernels walk
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor

@@ -39,7 +39,7 @@ class TrainConfig:
 
     pattern: str = "vertical-slash"  # Which keys each query sees: vertical-slash | sink-window | dense
     top_p: float = 0.95  # Share of the estimated attention that vertical-slash keeps, if it may.
-    max_density: float = 0.4  # Most of the visible pairs that vertical-slash keeps, in long documents.
+    max_density: float = 0.5  # Most of the visible pairs that vertical-slash keeps, in long documents.
     layout: str = "auto"  # Which rank holds which blocks: auto | contiguous | zigzag | striped
     exchange: str = "auto"  # How keys and values travel: auto | ring | ...
     block_size: int = 128  # Tokens of a block, the unit that is chosen, held and moved.
@@ -50,7 +50,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # AdamW, on matrices only.
     clip: float = 1.0  # Largest gradient norm.
     dtype: str = "float32"  # float32 | bfloat16 (weights; the optimizer keeps fp32 copies)
-    checkpointing: bool = True  # Recompute activations in the backward pass.
+    checkpointing: bool = False  # Recompute activations in the backward pass: less memory, more time.
 
     save_every: int = 20  # Steps between checkpoints; 0 saves none.
     keep: int = 2  # Checkpoints kept.
@@ -125,6 +125,8 @@ def default_config(cuda: bool) -> TrainConfig:
         lr=6e-4,
         warmup=10,
         dtype="bfloat16",
+        checkpointing=True,
+        max_density=0.15,
         save_every=50,
     )
 

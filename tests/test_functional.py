@@ -217,7 +217,8 @@ def test_recomputation_finds_its_shard(what, reentrant):
         assert all(len(runs) >= 2 for runs in again)
     for parameter, same in zip(model.parameters(), plain.parameters(), strict=True):
         assert (parameter.grad is None) == (same.grad is None)
-        assert parameter.grad is None or torch.equal(parameter.grad, same.grad)
+        if same.grad is not None:  # reentrant checkpoints add gradients up in another order
+            assert (parameter.grad - same.grad).abs().max() <= 1e-6 * same.grad.abs().max()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
