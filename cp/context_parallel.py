@@ -35,7 +35,7 @@ from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
 from .mesh import connect
 from .record import Record, Report
 from .shard import Shard, full_plans, stable_hash
-from .transport import Alone, agree
+from .transport import Alone, Distributed, agree
 from .verify import Verification, verify_model
 
 EXCHANGES = ("auto", "ring")
@@ -129,6 +129,12 @@ class ContextParallel:
         detach_model(model)
         self.model = None
         return model
+
+    def close(self) -> None:
+        """Releases the process groups made here; all ranks call it, and nothing else afterwards."""
+        for transport in {self.transport, self.everyone}:
+            if isinstance(transport, Distributed):
+                transport.close()
 
     # -- a batch ----------------------------------------------------------------------------------
 

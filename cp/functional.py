@@ -142,7 +142,7 @@ class FunctionalAttachment:
             )
         if shard.cp is not self.cp:
             raise ValueError("the shard is of another ContextParallel than the one the model is attached to")
-        positions = shard.inputs["position_ids"]
+        positions = shard.tensors["position_ids"]
         if not self.warned and not any(x is positions for x in _tensors((args, kwargs))):
             self.warned = True
             warnings.warn(
@@ -235,7 +235,7 @@ def _tensors(value) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for x in value:
             yield from _tensors(x)
-    elif is_dataclass(value) and not isinstance(value, type | Shard):
+    elif is_dataclass(value) and not isinstance(value, type):
         for each in fields(value):
             yield from _tensors(getattr(value, each.name))
 
@@ -246,7 +246,7 @@ def _mark(shard: Shard | None, *values) -> None:
         return
     mark = weakref.ref(shard)
     for x in _tensors(values):
-        if x.grad_fn is not None and not any(x is own for own in shard.inputs.values()):
+        if x.grad_fn is not None and not any(x is own for own in shard.tensors.values()):
             x.grad_fn.metadata[MARK] = shard
         storage = _storage(x)
         marks = getattr(storage, MARK, ())

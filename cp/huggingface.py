@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .attach import ATTRIBUTE, ORDER, no_copy
@@ -51,7 +52,7 @@ def attach(cp: ContextParallel, model: nn.Module, whole_logits: bool) -> None:
         attachment.detach(model)
         raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
     if not whole_logits:
-        attachment.head = Head(model.get_output_embeddings())
+        attachment.head = Head(model.get_output_embeddings(), model)
 
 
 class HuggingFaceAttachment:
@@ -85,8 +86,8 @@ class HuggingFaceAttachment:
 class Head:
     """The output embedding of an attached model. In the model it passes hidden states through."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, module: nn.Module, model: nn.Module):
+        self.module, self.model = module, model
         self.passed: Tensor | None = None  # what the running forward passed through
         self._replaced = module.__dict__.get("forward")
         setattr(module, ATTRIBUTE, self)
@@ -94,13 +95,16 @@ class Head:
 
     @property
     def weight(self) -> Tensor:
-        weight = self.module.weight
-        if isinstance(weight, DTensor):
+        """Whole, gathered by FSDP2 if need be: it is used after the forward and before the backward."""
+        for unit in (self.module, self.model):
+            if isinstance(self.module.weight, DTensor) and isinstance(unit, FSDPModule):
+                unit.unshard()
+        if isinstance(self.module.weight, DTensor):
             raise ValueError(
-                "the weight of the output embedding is sharded when the loss needs it; leave it in the root "
-                "unit of fully_shard with reshard_after_forward=False, or cp.attach(model, whole_logits=True)"
+                "the weight of the output embedding is sharded where the loss needs it; leave it to the "
+                "outermost fully_shard or give it one of its own, or cp.attach(model, whole_logits=True)"
             )
-        return weight
+        return self.module.weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., E], as the model itself makes them."""
@@ -115,6 +119,7 @@ class Head:
 
 
 def _pass_through(module: nn.Module, hidden: Tensor) -> Tensor:
+    hidden = hidden.clone()  # models slice it before their head, and FSDP warns of outputs that are views
     if not torch.compiler.is_compiling():
         getattr(module, ATTRIBUTE).passed = hidden
     return hidden
@@ -290,8 +295,8 @@ def _unsupported(model: nn.Module) -> Iterator[str]:
         yield "attention modules without layer_idx"
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [getattr(module, "rope_type", None) for module in modules]  # a name, or names by layer type
-    kinds += [parameters, *parameters.values()]
     names = {x for kind in kinds for x in (kind.values() if isinstance(kind, dict) else [kind])}
+    names |= {x.get("rope_type") for x in (parameters, *parameters.values()) if isinstance(x, dict)}
     for name in ("dynamic", "longrope"):
         if name in names:
             yield f"{name} rotary frequencies, which depend on the longest position that a rank holds"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 KEYWORD = "sparring_shard"  # the model keyword that carries a shard to its attention layers
 
 
-@dataclass(eq=False)
 class Shard:
     """This rank's part of a batch, made by ContextParallel.shard.
 
@@ -35,22 +33,33 @@ class Shard:
     tokens: number of labels with a loss in this batch, over all data and context-parallel ranks.
     length: tokens a row before padding. layout, decision: who holds what, and why.
     plans: logical plans by layer, made in the first forward and used by recomputation and backward.
+
+    Not a dataclass: FSDP and DDP take those among a model's arguments apart and build them anew.
     """
 
-    cp: ContextParallel
-    step: int
-    layout: Layout
-    decision: Decision
-    transport: Transport
-    geometry: Geometry
-    length: int
-    labels: Tensor | None
-    tokens: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    plans: dict[Hashable, Plan] = field(default_factory=dict)
-    replayed: dict[Hashable, Plan] | None = None
-    sample_recall: bool = False
-    record: Record = field(default_factory=Record)
+    def __init__(
+        self,
+        *,
+        cp: ContextParallel,
+        step: int,
+        layout: Layout,
+        decision: Decision,
+        transport: Transport,
+        geometry: Geometry,
+        length: int,
+        labels: Tensor | None,
+        tokens: int,
+        replayed: dict[Hashable, Plan] | None = None,
+        sample_recall: bool = False,
+    ):
+        self.cp, self.step, self.transport = cp, step, transport
+        self.layout, self.decision = layout, decision
+        self.geometry, self.length = geometry, length
+        self.labels, self.tokens = labels, tokens
+        self.replayed, self.sample_recall = replayed, sample_recall
+        self.tensors: dict[str, Tensor] = {}
+        self.plans: dict[Hashable, Plan] = {}
+        self.record = Record()
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Alone:
         return x[None].clone()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Distributed:
     """A group of torch.distributed; every channel has a communicator of its own.
 
@@ -110,6 +110,11 @@ class Distributed:
             return out
         # torch.distributed sorts the ranks of a group; the mesh may have them in another order.
         return torch.stack([out[sorted(self.ranks).index(rank)] for rank in self.ranks])
+
+    def close(self) -> None:
+        """Destroys the communicators. gloo keeps threads for each; every rank closes at the same point."""
+        for group in self.groups.values():
+            dist.destroy_process_group(group)
 
     def _pending(self, works, tensors, what: str) -> Pending:
         def finish():

@@ -107,6 +107,7 @@ def train(
     finally:
         progress.close()
         trainee.cp.detach(trainee.model)
+    trainee.cp.close()
     return parameters
 
 

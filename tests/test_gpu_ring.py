@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,12 +47,17 @@ def test_nccl_ring_matches_one_gpu_without_host_sync(tmp_path):
     here, out = Path(__file__).parent, tmp_path / "results.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(torch.cuda.device_count()), str(here / "nccl_worker.py"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     for result in json.loads(out.read_text()):
-        # A ring may not be less precise than one device with the same kernels.
+        # A ring may not be less precise than one device with the same kernels. Sums in another order may
+        # fall on the other side of the one rounding at the end: half a unit of bf16's last place.
+        rounding = FP32 if result["dtype"] == "torch.float32" else 2**-9
         for error, alone in zip(result["errors"], result["alone"], strict=True):
-            assert error <= 1.1 * alone + FP32, result
+            assert error <= 1.1 * alone + rounding, result
         if result["dtype"] == "torch.float32":
             assert max(result["errors"]) <= FP32, result
         assert 0 < result["density"] <= 1 and 0 < result["recall"] <= 1 + 1e-4

@@ -203,9 +203,9 @@ def test_wrapped_after_attach(one_process_group, model, wrap, reentrant):
     else:
         runner = nn.parallel.DistributedDataParallel(model)
     for _ in range(2):
+        model.zero_grad()
         shard = cp.shard(batch)
         loss = cp.loss(runner(**shard.inputs), shard)
-        model.zero_grad()
         loss.backward()
     grads = {n: p.grad.full_tensor() if wrap == "FSDP2" else p.grad for n, p in model.named_parameters()}
     assert_same_step([{"loss": loss.item(), "grads": grads}], expected)
