@@ -28,13 +28,14 @@ import triton
 RUNS = {"sparse": "vertical-slash", "dense": "dense"}
 MODEL = "--seq-len 131072 --layers 16 --steps 50 --lr 3e-4 --save-every 0 --no-compare".split()
 COLUMNS = (
-    "pattern", "steps", "seq_len", "world_size", "parameters", "mean_visible_context", "loss_first", "loss_last",
-    "tokens_per_second", "density", "recall", "worker_imbalance", "step_imbalance",
+    "pattern", "steps", "seq_len", "world_size", "parameters", "mean_visible_context", "loss_first",
+    "loss_last", "tokens_per_second", "density", "recall", "worker_imbalance", "step_imbalance",
 )  # fmt: skip
 
 
 def train(out: Path) -> None:
     """Both runs, one after the other; the reference for correctness is `make test` on this machine."""
+    here = Path(__file__).resolve().parent.parent
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
     here = Path(__file__).resolve().parent.parent
     versions = {

@@ -156,5 +156,5 @@ def check_mask_heads(plan: Plan, heads: int, kv_heads: int) -> None:
     for mask_heads in masks:
         if mask_heads not in (1, kv_heads, heads):
             raise ValueError(
-                f"the plan has {mask_heads} mask heads; use 1, {kv_heads} (key heads) or {heads} (query heads)"
+                f"the plan has {mask_heads} mask heads; use 1, {kv_heads} (key heads) or {heads} (query)"
             )

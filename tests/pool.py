@@ -2,9 +2,9 @@
 
     results = pool.run(4, body, *args)     # body(*args) on 4 ranks; what each returned, in rank order
 
-`body` is a function of a module under tests/; arguments and results are pickled. A call that fails or
-exceeds its timeout ends only the processes of its own pool, and the next call starts fresh ones. Workers
-are forked from one server that has imported torch, so this takes about a tenth of a second.
+`body` is a function of a module under tests/; arguments and results are pickled. Every call
+has process groups of its own. A call that fails or exceeds its timeout ends only the processes of its own
+pool, and the next call starts fresh ones; they are forked from one server that has imported torch.
 """
 
 from __future__ import annotations
@@ -28,33 +28,26 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 TIMEOUT = 60.0  # seconds of one call
-PATIENCE = 20.0  # seconds that a worker waits for a peer: a hang ends in its traceback, not in a kill
+PATIENCE = 30.0  # seconds that a worker waits for a peer: a hang ends in its traceback, not in a kill
+PRELOAD = ["pytest", "sparring.cp", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
 TAIL = 3000  # characters of a worker's output in a failure
 
-_pools: dict[tuple[int, float], Pool] = {}
+_pools: dict[int, Pool] = {}
 
 
 class PoolError(AssertionError):
     """A rank raised, died or hung. The text has its traceback and the end of every rank's output."""
 
 
-def run(world: int, body, *args, timeout: float = TIMEOUT, patience: float = PATIENCE, last=False) -> list:
-    """body(*args) on `world` ranks of torch.distributed (gloo); what each returned, in rank order.
-
-    timeout: seconds of the whole call. patience: the timeout of the process groups. last: end the pool
-    after the call, for bodies that leave its groups out of step.
-    """
-    key = (world, patience)
-    if key not in _pools or not _pools[key].alive():
-        _pools[key] = Pool(world, patience)
+def run(world: int, body, *args, timeout: float = TIMEOUT) -> list:
+    """body(*args) on `world` ranks of torch.distributed (gloo); what each returned, in rank order."""
+    if world not in _pools or not _pools[world].alive():
+        _pools[world] = Pool(world)
     try:
-        results = _pools[key].call(body, args, timeout)
+        return _pools[world].call(body, args, timeout)
     except BaseException:
-        _pools.pop(key).close()
+        _pools.pop(world).close()
         raise
-    if last:
-        _pools.pop(key).close()
-    return results
 
 
 @atexit.register
@@ -65,14 +58,14 @@ def close() -> None:
 
 
 class Pool:
-    """`world` processes that share a default process group and wait for calls."""
+    """`world` processes that wait for calls."""
 
-    def __init__(self, world: int, patience: float):
+    def __init__(self, world: int):
         import torch.distributed as dist
 
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "sparring.cp"])
-        self.world = world
+        context.set_forkserver_preload(PRELOAD)
+        self.world, self.calls = world, 0
         # The server of the store lives here and lets the system pick its port: no two pools can clash.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.folder = tempfile.TemporaryDirectory(prefix="pool-")
@@ -80,7 +73,7 @@ class Pool:
         self.connections, self.workers = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            arguments = (rank, world, self.store.port, patience, there, self.logs[rank])
+            arguments = (rank, world, self.store.port, there, self.logs[rank])
             worker = context.Process(target=_work, args=arguments, daemon=True)
             worker.start()
             there.close()
@@ -92,7 +85,8 @@ class Pool:
 
     def call(self, body, args: tuple, timeout: float) -> list:
         """Runs body(*args) on every rank. Raises PoolError at the first rank that fails."""
-        message = pickle.dumps((inspect.getfile(body), body.__qualname__, args))
+        self.calls += 1
+        message = pickle.dumps((self.calls, inspect.getfile(body), body.__qualname__, args))
         for connection in self.connections:
             with contextlib.suppress(OSError):  # a dead worker is noticed below
                 connection.send_bytes(message)
@@ -138,7 +132,7 @@ class Pool:
 # -- in the worker ------------------------------------------------------------------------------------
 
 
-def _work(rank: int, world: int, port: int, patience: float, connection: Connection, log: Path) -> None:
+def _work(rank: int, world: int, port: int, connection: Connection, log: Path) -> None:
     os.setsid()  # a process group of its own, by which it is killed
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -151,15 +145,15 @@ def _work(rank: int, world: int, port: int, patience: float, connection: Connect
     torch.set_num_threads(1)
     calls: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, calls), daemon=True).start()
-    ready = False
+    seconds, store = datetime.timedelta(seconds=PATIENCE), None
     while True:
-        path, name, args = pickle.loads(calls.get())
+        number, path, name, args = pickle.loads(calls.get())
         try:
-            if not ready:
-                seconds = datetime.timedelta(seconds=patience)
-                store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=seconds)
-                ready = True
+            if dist.is_initialized():  # all ranks have answered the last call, so nobody is cut off
+                dist.destroy_process_group()
+            store = store or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
+            own = dist.PrefixStore(str(number), store)
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=seconds)
             answer = True, getattr(_module(path), name)(*args)
         except BaseException:  # noqa: BLE001 - raised again by the caller's process
             answer = False, traceback.format_exc()

@@ -32,7 +32,7 @@ def test_command_line_sets_fields():
     [
         (["--no-such-setting", "1"], ["--no-such-setting"]),
         (["--steps", "many"], ["many"]),
-        (["--heads", "5"], ["heads=5", "kv_heads=2"]),
+        (["--heads", "5", "--kv-heads", "2"], ["heads=5", "kv_heads=2"]),
     ],
 )
 def test_bad_command_lines_exit_with_the_reason(arguments, shown, capsys):

@@ -35,8 +35,10 @@ def single(model, pattern="dense", **options):
     return cp.attach(model), cp
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("name", ["packed", "padded", "few labels"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("packed", how) for how in CHECKPOINTING] + [("padded", None), ("few labels", None)],
+)
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_dense_equals_the_original_model(world, name, checkpointing):
     batch, documents = make_batch(name)
@@ -123,7 +125,7 @@ def test_outputs_do_not_depend_on_later_tokens(pattern):
 
 def test_detach_gives_the_original_model_back():
     batch, _ = make_batch("whole")
-    ids, positions = batch["input_ids"], torch.arange(150).expand(2, -1)
+    ids, positions = batch["input_ids"], torch.arange(110).expand(2, -1)
     model = TinyGPT()
     expected = model(ids, positions)
     names = [sorted(module.__dict__) for module in model.modules()]

@@ -1,8 +1,7 @@
-"""Rings over torch.distributed (gloo): equal to rings of threads, on any subgroup, and loud when ranks differ."""
+"""Rings over torch.distributed (gloo): equal to rings of threads, on any subgroup, loud when ranks differ."""
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -48,7 +47,6 @@ def local_inputs(shard, tensors):
     return [x[:, :, shard.geometry.positions].contiguous() for x in padded]
 
 
-@functools.cache  # once per worker process
 def whole_ring():
     """The ring of all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
@@ -339,7 +337,7 @@ def transfer_other_step(patience):
 @pytest.mark.parametrize("world", [2, 4])
 def test_debug_checks_every_transfer(world):
     """Both ends of the wrong transfer name it; ranks that only wait for them give up in time."""
-    results = pool.run(world, transfer_other_step, 2.0, last=True, timeout=30)
+    results = pool.run(world, transfer_other_step, 2.0, timeout=30)
     for rank, (error, seconds) in enumerate(results):
         assert isinstance(error, RingDesyncError if rank in (1, 2 % world) else RingTimeoutError)
         assert "keys" in str(error) and seconds < 10
@@ -362,7 +360,7 @@ def one_rank_leaves(how, patience):
 @pytest.mark.parametrize("how", ["raises", "exits"])
 def test_a_rank_that_leaves(how):
     """The others raise a typed error within the timeout and say for what they waited."""
-    results = pool.run(3, one_rank_leaves, how, 2.0, last=True, timeout=30)
+    results = pool.run(3, one_rank_leaves, how, 2.0, timeout=30)
     if how == "raises":
         assert isinstance(results[1][0], ValueError)
     for rank in (0, 2):
@@ -396,7 +394,7 @@ def process_id():
     ],
 )
 def test_pool_reports_and_recovers(how, text):
-    """Failures carry the traceback and output of the rank, end its processes, and leave the next call well."""
+    """Failures carry the rank's traceback and output, end its processes, and leave the next call well."""
     before = pool.run(2, process_id)
     with pytest.raises(pool.PoolError, match=f"(?s){text}.*a last word"):
         pool.run(2, fail_on, 1, how, timeout=1.0)

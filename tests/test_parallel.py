@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 
 import pool
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
-from tiny_models import BLOCK, IGNORE, VOCAB, TinyGPT, assert_same_step, gradients, reference
+from sampling import pairwise
+from tiny_models import BLOCK, IGNORE, TinyGPT, assert_same_step, gradients, reference
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,7 +29,17 @@ MODELS = {
 }
 WRAPPERS = ["DDP", "FSDP2", "sum_gradients"]
 MESHES = [(1, 2), (1, 4), (2, 2)]  # (data, context) ranks
-VERTICAL = VerticalSlash(top_p=0.6, columns=(3, 12), slashes=(1, 4), probe=8, sink=2, window=0)
+SPARSE = {
+    "sink-window": SinkWindow(sink=5, window=20),
+    "vertical-slash": VerticalSlash(top_p=0.6, columns=(3, 12), slashes=(1, 4), probe=8, sink=2, window=0),
+}
+
+
+def each_once(first: list, second: list) -> list:
+    """The product as pytest params; all but a sample that has every value once are marked `full`."""
+    sample = [(x, second[i % len(second)]) for i, x in enumerate(first)]
+    product = itertools.product(first, second)
+    return [pytest.param(*case, marks=() if case in sample else pytest.mark.full) for case in product]
 
 
 def make_batch(name: str) -> tuple[dict, list]:
@@ -95,57 +107,57 @@ def train_step(sizes, wrapper, model, name, plans=None, **options):
     return {"loss": loss.item(), "grads": job.gradients(), "labels": labels, "tokens": shard.tokens}
 
 
+@functools.cache
 def expected_step(model, name):
     batch, documents = make_batch(name)
     return reference(MODELS[model](), batch, documents)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("model,name", [("plain", "packed"), ("plain", "unequal"), ("llama", "packed")])
+@pytest.mark.parametrize(
+    "model,name,sizes,wrapper",
+    pairwise(["plain", "llama", "qwen2"], ["packed", "unequal"], MESHES, WRAPPERS),
+)
 def test_equals_one_process(model, name, sizes, wrapper):
-    """Dense against the original model; the second process group holds the row with all the labels."""
+    """Dense against the original model; "unequal" gives the replicas very different numbers of labels."""
     results = pool.run(sizes[0] * sizes[1], train_step, sizes, wrapper, model, name)
     assert_same_step(results, expected_step(model, name))
     assert sum(result["labels"] for result in results) == results[0]["tokens"]
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("model", ["plain", "llama"])
-def test_ranks_without_labels(model, wrapper):
-    """All labels on the first rank: the others take part with a loss of exactly 0."""
-    results = pool.run(4, labels_first, wrapper, model)
-    assert_same_step(results, expected_step(model, "few labels"))
-    assert results[0]["labels"] == 38 and not any(result["labels"] for result in results[1:])
 
 
 def labels_first(wrapper, model):
     return train_step((1, 4), wrapper, model, "few labels", layout="contiguous")
 
 
-def plans_alone(name, pattern):
-    """Plans and step of one process, whatever its pattern."""
+@pytest.mark.parametrize("wrapper,model", each_once(WRAPPERS, ["plain", "llama"]))
+def test_ranks_without_labels(wrapper, model):
+    """All labels on the first rank: the others take part with a loss of exactly 0."""
+    results = pool.run(4, labels_first, wrapper, model)
+    assert_same_step(results, expected_step(model, "few labels"))
+    assert results[0]["labels"] == 38 and not any(result["labels"] for result in results[1:])
+
+
+@functools.cache
+def sparse_alone(pattern):
+    """Plans and step of one process."""
     model = MODELS["plain, checkpointed"]()
-    cp = ContextParallel(None, pattern=pattern, block_size=BLOCK, grad_reduce="sum")
+    cp = ContextParallel(None, pattern=SPARSE[pattern], block_size=BLOCK, grad_reduce="sum")
     cp.attach(model)
-    shard = cp.shard(make_batch(name)[0])
+    shard = cp.shard(make_batch("packed")[0])
     loss = cp.loss(model(**shard.inputs), shard)
     loss.backward()
     return cp.plans(shard), {"loss": loss.item(), "grads": gradients(model)}
 
 
-def train_step_replayed(sizes, wrapper, name, plans, pattern):
-    return train_step(sizes, wrapper, "plain, checkpointed", name, plans, pattern=pattern, layout="striped")
+def train_step_replayed(sizes, wrapper, pattern, plans):
+    options = {"pattern": SPARSE[pattern], "layout": "striped"}
+    return train_step(sizes, wrapper, "plain, checkpointed", "packed", plans, **options)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("pattern", [SinkWindow(sink=5, window=20), VERTICAL], ids=["sink-window", "vertical"])
+@pytest.mark.parametrize("pattern,world,wrapper", pairwise(list(SPARSE), [2, 4], WRAPPERS))
 def test_sparse_and_checkpointed(pattern, world, wrapper):
     """Sparse patterns, replayed, with activation checkpointing inside the wrapper."""
-    plans, expected = plans_alone("packed", pattern)
-    arguments = ((1, world), wrapper, "packed", plans, pattern)
-    assert_same_step(pool.run(world, train_step_replayed, *arguments), expected)
+    plans, expected = sparse_alone(pattern)
+    assert_same_step(pool.run(world, train_step_replayed, (1, world), wrapper, pattern, plans), expected)
 
 
 # -- accumulation -------------------------------------------------------------------------------------
@@ -168,41 +180,45 @@ def accumulate(sizes, wrapper):
     return {"loss": total, "grads": job.gradients()}
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("sizes", MESHES)
+def count_labels(batch, documents):
+    """Labels with a loss: the first token of a document is nobody's next token."""
+    return sum(int((batch["labels"][row, start + 1 : end] != IGNORE).sum()) for row, start, end in documents)
+
+
+@functools.cache
+def expected_accumulation():
+    """Mean over all labels of the micro-batches together, from their means."""
+    steps = [expected_step("plain, checkpointed", name) for name in MICRO_BATCHES]
+    counts = [count_labels(*make_batch(name)) for name in MICRO_BATCHES]
+    shares = [count / sum(counts) for count in counts]
+    names = steps[0]["grads"]
+    return {
+        "loss": sum(step["loss"] * share for step, share in zip(steps, shares, strict=True)),
+        "grads": {
+            n: sum(step["grads"][n] * share for step, share in zip(steps, shares, strict=True)) for n in names
+        },
+    }
+
+
+@pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, WRAPPERS))
 def test_gradient_accumulation(sizes, wrapper):
     """The mean over all labels of the optimizer step, not the mean of the micro-batches' means."""
-    model, counts, losses = MODELS["plain, checkpointed"](), [], []
-    for name in MICRO_BATCHES:
-        batch, documents = make_batch(name)
-        last = {(row, end - 1) for row, _, end in documents}
-        labels = batch["labels"].clone()
-        labels[:, 0] = IGNORE
-        for row, end in last:
-            if end + 1 < labels.shape[1]:
-                labels[row, end + 1] = IGNORE
-        counts.append(int((labels != IGNORE).sum()))
-        losses.append((batch, documents))
-    grads: dict = {}
-    total = 0.0
-    for (batch, documents), count in zip(losses, counts, strict=True):
-        step = reference(copy.deepcopy(model), batch, documents)
-        share = count / sum(counts)
-        total += step["loss"] * share
-        for name, gradient in step["grads"].items():
-            grads[name] = grads.get(name, 0.0) + gradient * share
-    assert_same_step(pool.run(sizes[0] * sizes[1], accumulate, sizes, wrapper), {"loss": total, "grads": grads})
+    results = pool.run(sizes[0] * sizes[1], accumulate, sizes, wrapper)
+    assert_same_step(results, expected_accumulation())
 
 
 # -- several steps ------------------------------------------------------------------------------------
 
 
+STEPS, RATE = ["packed", "unequal", "packed"], 0.5
+
+
 def train(sizes, wrapper, forget=False):
-    """Three optimizer steps; the losses and the parameters after them, or the error."""
+    """Three optimizer steps: the losses, or the steps done and the error. forget: do not sum gradients."""
     job = Job(sizes, wrapper, "plain")
-    optimizer = torch.optim.SGD(job.call.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(job.call.parameters(), lr=RATE)
     losses = []
-    for name in ("packed", "unequal", "packed"):
+    for name in STEPS:
         try:
             shard = job.cp.shard(job.part(make_batch(name)[0]))
         except ValueError as error:
@@ -218,20 +234,24 @@ def train(sizes, wrapper, forget=False):
     return losses
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("sizes", MESHES)
-def test_training_equals_one_process(sizes, wrapper):
+@functools.cache
+def expected_losses():
     model = MODELS["plain"]()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    expected = []
-    for name in ("packed", "unequal", "packed"):
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    losses = []
+    for name in STEPS:
         step = copy.deepcopy(model)
-        expected.append(reference(step, *make_batch(name))["loss"])
+        losses.append(reference(step, *make_batch(name))["loss"])
         for own, other in zip(model.parameters(), step.parameters(), strict=True):
             own.grad = other.grad
         optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, WRAPPERS[::-1]))
+def test_training_equals_one_process(sizes, wrapper):
     for losses in pool.run(sizes[0] * sizes[1], train, sizes, wrapper):
-        assert losses == pytest.approx(expected, abs=2e-6)
+        assert losses == pytest.approx(expected_losses(), abs=2e-6)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -241,19 +261,15 @@ def test_forgotten_sum_gradients_is_noticed(sizes):
         assert steps == 1 and "differ between ranks" in message and "sum_gradients" in message
 
 
-def sum_twice():
-    cp = ContextParallel(None, grad_reduce="mean")
-    with pytest.raises(ValueError, match='grad_reduce="sum"'):
-        cp.sum_gradients(torch.nn.Linear(2, 2))
-    job = Job((1, dist.get_world_size()), "FSDP2", "plain")
+def sum_what_is_reduced():
+    job = Job((1, 2), "DDP", "plain")
+    with pytest.raises(ValueError, match='needs .*grad_reduce="sum".*"mean"'):
+        job.cp.sum_gradients(job.model)
+    job = Job((1, 2), "FSDP2", "plain")
     job.cp.grad_reduce = "sum"
     with pytest.raises(ValueError, match="FSDP reduces them itself"):
         job.cp.sum_gradients(job.model)
 
 
 def test_gradients_are_not_summed_twice():
-    pool.run(2, sum_twice)
-
-
-def vocabulary():
-    return VOCAB
+    pool.run(2, sum_what_is_reduced)

@@ -92,13 +92,13 @@ class TinyGPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def make_batch(name: str, length: int = 150) -> tuple[dict, list]:
-    """A batch of 2 rows, and the documents [(row, start, end)] that it has."""
+def make_batch(name: str, length: int = 110) -> tuple[dict, list]:
+    """A batch of 2 rows: "whole", "packed", "padded" or "few labels"; its documents [(row, start, end)]."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (2, length), generator=generator)
     batch = {"input_ids": ids, "labels": ids.clone()}
     if name == "packed":
-        documents = [(0, 0, 37), (0, 37, 120), (0, 120, length), (1, 0, 90), (1, 90, length)]
+        documents = [(0, 0, 27), (0, 27, 90), (0, 90, length), (1, 0, 66), (1, 66, length)]
     elif name == "padded":
         documents = [(0, 11, length), (1, 0, length - 23)]
         batch["attention_mask"] = torch.zeros_like(ids)
