@@ -147,7 +147,7 @@ def named(name: str, num_blocks: int, world: int, block_size: int) -> Layout:
         return contiguous(num_blocks, world, block_size)
     if name == "zigzag":
         return zigzag(num_blocks, world, block_size)
-    match = re.fullmatch(r"striped(?:\((\d+)\))?", name)
+    match = re.fullmatch(r"striped(?:\((\d+)\))?", str(name))
     if match is None:
         raise ValueError(f"unknown layout {name!r}; use one of {NAMES}, auto, or a Layout object")
     return striped(num_blocks, world, block_size, int(match[1] or 1))

@@ -19,15 +19,30 @@ def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
     unknown = [name for name in batch if name not in KNOWN]
     if unknown:
         raise NotImplementedError(f"batch has {unknown}; supported are {list(KNOWN)}")
+    for name, x in batch.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor")
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None:
         raise ValueError(f"batch has {list(batch)}; it needs input_ids or inputs_embeds")
+    for name, form in (("input_ids", "[batch, length]"), ("inputs_embeds", "[batch, length, width]")):
+        if name in batch and batch[name].dim() != len(form.split(",")):
+            raise ValueError(f"{name} is {tuple(batch[name].shape)}; it must be {form}")
+    if "position_ids" in batch and batch["position_ids"].dim() > 2:
+        raise NotImplementedError(
+            f"position_ids with {batch['position_ids'].dim()} dims (M-RoPE); only [batch, length]"
+        )
+    if "attention_mask" in batch and batch["attention_mask"].dim() > 2:
+        raise NotImplementedError(
+            f"attention_mask with {batch['attention_mask'].dim()} dims; only padding masks [batch, length]"
+        )
     size, length = tokens.shape[:2]
     if size < 1:
         raise ValueError("batch size is 0; it needs at least 1 row")
     check_length(length, block_size)
     for name, tensor in batch.items():
-        if tensor.shape[:2] != (size, length) and not (name == "position_ids" and tensor.shape[0] == 1):
+        shared = name == "position_ids" and tensor.shape == (1, length)
+        if tensor.shape[:2] != (size, length) and not shared:
             raise ValueError(f"{name} is {tuple(tensor.shape)}; it must start with [{size}, {length}]")
     return size, length
 
@@ -44,16 +59,10 @@ def find_documents(batch: dict[str, Tensor], size: int, length: int) -> Document
         starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     elif "position_ids" in batch:
         positions = batch["position_ids"].cpu()
-        if positions.dim() != 2:
-            raise NotImplementedError(f"position_ids with {positions.dim()} dims (M-RoPE); only [B, S]")
         starts[:, 1:] |= (positions[:, 1:] != positions[:, :-1] + 1).expand(size, -1)
     valid = torch.ones(size, length, dtype=torch.bool)
     if "attention_mask" in batch:
         mask = batch["attention_mask"].cpu()
-        if mask.dim() != 2:
-            raise NotImplementedError(
-                f"attention_mask with {mask.dim()} dims; only padding masks [batch, length]"
-            )
         valid = mask.bool()
         starts[:, 1:] |= valid[:, 1:] != valid[:, :-1]
         runs = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]

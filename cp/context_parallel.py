@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..balance import Decision, Layout, PlannerState, Statistics, resolve, ring
-from ..kernels.attention import check_inputs, check_mask_heads, steps
+from ..balance.layout import named
+from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, steps
 from ..kernels.bound import prepare
-from ..kernels.geometry import Geometry
+from ..kernels.geometry import Geometry, check_length
 from ..kernels.patterns import PATTERNS, Pattern
 from ..kernels.plan import Plan
 from .attach import attach_model, detach_model, head_of
@@ -76,13 +77,18 @@ class ContextParallel:
         impl: str = "auto",
         timeout: float = 300.0,
     ):
-        if exchange in LATER_EXCHANGES:
+        if exchange in LATER_EXCHANGES or not isinstance(exchange, str):
             raise NotImplementedError(f"exchange {exchange!r}; implemented are {EXCHANGES}")
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange {exchange!r} is unknown; use one of {EXCHANGES}")
         if grad_reduce not in ("mean", "sum"):
             raise ValueError(f"grad_reduce {grad_reduce!r} is unknown; use 'mean' (FSDP, DDP) or 'sum'")
-        groups = connect(mesh, tuple(axes), tuple(data_axes), timeout)
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+        check_length(1, block_size)
+        if not isinstance(layout, Layout) and layout != "auto":
+            named(layout, 1, 1, block_size)  # raises if there is no such layout
+        groups = connect(mesh, axes, data_axes, timeout)
         self.transport, self.everyone = groups.ring, groups.everyone
         self.patterns = _patterns(pattern)
         self.layout, self.exchange, self.grad_reduce = layout, exchange, grad_reduce
@@ -274,12 +280,12 @@ class ContextParallel:
         q: [B, H, S', D]; k, v: [B, Hk, S', D], this rank's tokens in the order of the shard. layer: key
         of the plan; give every attention layer its own. scale: 1 / sqrt(D) by default.
         """
+        check_inputs(q, k, v, shard.geometry)
         if q.shape[2] != shard.local_length:
             raise ValueError(
                 f"q has {q.shape[2]} tokens, this rank holds {shard.local_length} of the sequence; pass "
                 "the model shard.inputs, and no cache"
             )
-        check_inputs(q, k, v, shard.geometry)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         self._check_call(q, k, shard, layer)
@@ -337,7 +343,11 @@ class ContextParallel:
         """
         if shard.labels is None:
             raise ValueError("the batch had no labels; give cp.shard labels or shift_labels")
-        hidden = output if isinstance(output, Tensor) else output.logits
+        hidden = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(hidden, Tensor):
+            raise ValueError(f"output is a {type(output).__name__}; pass the logits that are in it, a tensor")
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens is {tokens}; give the sum of shard.tokens over the micro-batches")
         if head is None and not isinstance(output, Tensor):
             head = head_of(self.model)
         vocab = hidden.shape[-1] if head is None else head.weight.shape[0]

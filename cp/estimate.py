@@ -32,7 +32,7 @@ def combine_over(transport: Transport):
             sizes = [fields[name].tensor.numel() for name in names]
             for name, part in zip(names, parts.split(sizes, dim=-1), strict=True):
                 shape = fields[name].tensor.shape
-                combined[name] = part.reshape(-1, *shape) if op == "gather" else part.view(shape)
+                combined[name] = part.reshape(len(parts), *shape) if op == "gather" else part.view(shape)
         return combined
 
     return combine

@@ -22,8 +22,8 @@ class Groups:
 
 def connect(
     mesh: DeviceMesh | Transport | None,
-    axes: tuple[str, ...],
-    data_axes: tuple[str, ...],
+    axes: str | tuple[str, ...],
+    data_axes: str | tuple[str, ...],
     timeout: float = 300.0,
 ) -> Groups:
     """Groups of this rank. Every rank of the mesh must call it, in the same program order.
@@ -36,6 +36,9 @@ def connect(
         return Groups(Alone(), Alone())
     if isinstance(mesh, Alone | ThreadTransport | Distributed):
         return Groups(mesh, mesh)
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(f"mesh is a {type(mesh).__name__}; give a DeviceMesh, or None for one process")
+    axes, data_axes = ((x,) if isinstance(x, str) else tuple(x) for x in (axes, data_axes))
     names = mesh.mesh_dim_names or ()
     missing = [axis for axis in (*axes, *data_axes) if axis not in names]
     if missing or not axes:

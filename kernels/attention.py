@@ -121,11 +121,12 @@ def steps(impl: str, x: Tensor) -> ModuleType:
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> None:
     """Shapes, dtypes and devices of q, k, v against each other and the geometry."""
-    if q.dim() != 4 or k.dim() != 4:
+    if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(
-            f"q and k must be [batch, heads, sequence, head_dim], got {q.dim()} and {k.dim()} dims"
+            f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dims; all must be "
+            "[batch, heads, sequence, head_dim]"
         )
-    if v.shape[:3] == k.shape[:3] and v.shape[3] != k.shape[3]:
+    if v.shape[:3] == k.shape[:3] and q.shape[3] == k.shape[3] != v.shape[3]:
         raise NotImplementedError(
             f"value head dim {v.shape[3]} differs from key head dim {k.shape[3]} (MLA); only equal dims"
         )

@@ -40,7 +40,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# (kernel, padded head dim, bytes an element); measured on H200, see benchmarks/kernels.py --sweep.
+# (kernel, padded head dim, bytes an element), for H200; benchmarks/kernels.py --sweep times alternatives.
 CONFIGS = {
     ("forward", 64, 2): Config(128, 64, 4, 3),
     ("forward", 128, 2): Config(128, 128, 8, 3),

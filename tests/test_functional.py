@@ -26,6 +26,8 @@ SPARSE = {
     "sink-window": SinkWindow(sink=5, window=20),
     "vertical-slash": VerticalSlash(top_p=0.6, columns=(3, 12), slashes=(1, 4), probe=8, sink=2, window=0),
 }
+# Checkpoints in checkpoints; TorchScript, of which one test makes a module.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs", "ignore:.*torch.jit:DeprecationWarning")
 CHECKPOINTING = [None, "reentrant", "non-reentrant"]
 
 

@@ -20,6 +20,7 @@ from sparring.cp import ContextParallel, run_threads
 from sparring.kernels.patterns import Dense, SinkWindow, VerticalSlash
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 
 MODELS = {"llama": llama, "qwen2": qwen2}
 SPARSE = {

@@ -54,8 +54,10 @@ class VerticalSlash(Pattern):
             raise ValueError(f"probe is {self.probe}; use 1 to 64 queries (sums are exact up to 64)")
         if self.sink > self.columns[1]:
             raise ValueError(f"sink {self.sink} exceeds the {self.columns[1]} columns a document may have")
-        if self.window < 0 or (self.segment is not None and self.segment < 1):
-            raise ValueError(f"window {self.window} and segment {self.segment} must be positive")
+        if self.sink < 0 or self.window < 0:
+            raise ValueError(f"sink {self.sink} and window {self.window} must not be negative")
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"segment is {self.segment}; use a multiple of the block size, or None")
 
     @property
     def traits(self) -> Traits:
