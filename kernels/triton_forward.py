@@ -55,7 +55,7 @@ CONFIGS = {
     ("dq_columns", 128, 2): Config(128, 64, 8, 3),
     ("dq_columns", 256, 2): Config(64, 32, 8, 2),
     ("dkv", 64, 2): Config(64, 128, 8, 3),
-    ("dkv", 128, 2): Config(64, 128, 8, 2),
+    ("dkv", 128, 2): Config(64, 128, 8, 3),
     ("dkv", 256, 2): Config(32, 64, 8, 2),
     ("dkv_columns", 64, 2): Config(64, 64, 4, 3),
     ("dkv_columns", 128, 2): Config(64, 64, 8, 2),

@@ -118,6 +118,19 @@ def test_uneven_shards(pattern):
         assert_equals_oracle(full, plan, "ragged")
 
 
+def one_token():
+    cp = ContextParallel(whole_ring(), pattern="vertical-slash", block_size=SIZE)
+    shard = cp.shard({"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+    v = torch.full((1, 2, shard.local_length, DIM), 7.0)
+    return cp.unshard(cp.attention(v, v, v, shard), shard, dim=2)
+
+
+def test_fewer_tokens_than_ranks():
+    """Nothing to probe, nothing to gather, ranks of padding alone."""
+    for out in pool.run(3, one_token):
+        assert torch.equal(out, torch.full((1, 2, 1, DIM), 7.0))
+
+
 def test_report_counts_bytes():
     """Keys travel W - 1 hops forward and backward, gradients W hops in fp32; columns are all-reduced."""
     world, blocks = 3, 6  # 16 blocks on 3 ranks, padded to 18

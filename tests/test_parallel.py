@@ -116,6 +116,7 @@ def expected_step(model, name):
 @pytest.mark.parametrize(
     "model,name,sizes,wrapper",
     pairwise(["plain", "llama", "qwen2"], ["packed", "unequal"], MESHES, WRAPPERS),
+    ids=str,
 )
 def test_equals_one_process(model, name, sizes, wrapper):
     """Dense against the original model; "unequal" gives the replicas very different numbers of labels."""
@@ -149,13 +150,13 @@ def sparse_alone(pattern):
 
 
 def train_step_replayed(sizes, wrapper, pattern, plans):
-    options = {"pattern": SPARSE[pattern], "layout": "striped"}
+    options = {"pattern": SPARSE[pattern], "layout": "striped", "debug": True}
     return train_step(sizes, wrapper, "plain, checkpointed", "packed", plans, **options)
 
 
 @pytest.mark.parametrize("pattern,world,wrapper", pairwise(list(SPARSE), [2, 4], WRAPPERS))
 def test_sparse_and_checkpointed(pattern, world, wrapper):
-    """Sparse patterns, replayed, with activation checkpointing inside the wrapper."""
+    """Sparse patterns, replayed, with activation checkpointing inside the wrapper; all transfers checked."""
     plans, expected = sparse_alone(pattern)
     assert_same_step(pool.run(world, train_step_replayed, (1, world), wrapper, pattern, plans), expected)
 
@@ -166,18 +167,21 @@ MICRO_BATCHES = ["unequal", "packed", "few labels"]
 
 
 def accumulate(sizes, wrapper):
-    """Three micro-batches with unequal labels, all sharded before the first backward."""
+    """Three micro-batches with unequal labels, all sharded before the first forward."""
     job = Job(sizes, wrapper, "plain, checkpointed")
     shards = [job.cp.shard(job.part(make_batch(name)[0])) for name in MICRO_BATCHES]
     tokens = sum(shard.tokens for shard in shards)
-    total = 0.0
+    losses = []
     for shard in shards:
         last = shard is shards[-1]
         with job.unsynced(last):
-            loss = job.cp.loss(job.call(**shard.inputs), shard, tokens=tokens)
-            job.backward(loss, last)
-        total += loss.item()
-    return {"loss": total, "grads": job.gradients()}
+            losses.append(job.cp.loss(job.call(**shard.inputs), shard, tokens=tokens))
+            if wrapper != "sum_gradients":
+                job.backward(losses[-1], last)
+    if wrapper == "sum_gradients":  # all forwards before the first backward, which is the last one's
+        for loss in losses[::-1]:
+            job.backward(loss, last=loss is losses[0])
+    return {"loss": sum(loss.item() for loss in losses), "grads": job.gradients()}
 
 
 def count_labels(batch, documents):
@@ -200,7 +204,7 @@ def expected_accumulation():
     }
 
 
-@pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, WRAPPERS))
+@pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, WRAPPERS), ids=str)
 def test_gradient_accumulation(sizes, wrapper):
     """The mean over all labels of the optimizer step, not the mean of the micro-batches' means."""
     results = pool.run(sizes[0] * sizes[1], accumulate, sizes, wrapper)
@@ -248,13 +252,13 @@ def expected_losses():
     return losses
 
 
-@pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, WRAPPERS[::-1]))
+@pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, WRAPPERS[::-1]), ids=str)
 def test_training_equals_one_process(sizes, wrapper):
     for losses in pool.run(sizes[0] * sizes[1], train, sizes, wrapper):
         assert losses == pytest.approx(expected_losses(), abs=2e-6)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_forgotten_sum_gradients_is_noticed(sizes):
     """Ranks that train apart are stopped by the second cp.shard, every one of them."""
     for steps, message in pool.run(sizes[0] * sizes[1], train, sizes, "sum_gradients", True):
