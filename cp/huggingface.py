@@ -84,7 +84,11 @@ class HuggingFaceAttachment:
 
 
 class Head:
-    """The output embedding of an attached model. In the model it passes hidden states through."""
+    """The output embedding of an attached model. In the model it passes hidden states through.
+
+    Its parameters are then used after the forward, so DDP must not search for unused ones
+    (find_unused_parameters=True raises; whole_logits avoids it).
+    """
 
     def __init__(self, module: nn.Module, model: nn.Module):
         self.module, self.model = module, model

@@ -91,24 +91,29 @@ class Pool:
             with contextlib.suppress(OSError):  # a dead worker is noticed below
                 connection.send_bytes(message)
         results: dict[int, object] = {}
+        failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
-        while len(results) < self.world:
-            waiting = {self.connections[rank]: rank for rank in range(self.world) if rank not in results}
+        while len(results) + len(failures) < self.world:
+            if failures:  # others may have failed too, perhaps first
+                deadline = min(deadline, time.monotonic() + 0.2)
+            done = results | failures
+            waiting = {self.connections[rank]: rank for rank in range(self.world) if rank not in done}
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready and not failures:
+                failures = dict.fromkeys(waiting.values(), f"did not finish within {timeout} s")
             if not ready:
-                late = sorted(waiting.values())
-                raise PoolError(f"ranks {late} did not finish within {timeout} s\n{self._output()}")
+                break
             for connection in ready:
                 rank = waiting[connection]
                 try:
-                    done, value = pickle.loads(connection.recv_bytes())
+                    good, value = pickle.loads(connection.recv_bytes())
                 except (EOFError, OSError):
                     self.workers[rank].join(5)
-                    code = self.workers[rank].exitcode
-                    raise PoolError(f"rank {rank} died, exit code {code}\n{self._output()}") from None
-                if not done:
-                    raise PoolError(f"rank {rank} of {self.world} failed:\n{value}\n{self._output()}")
-                results[rank] = value
+                    good, value = False, f"died, exit code {self.workers[rank].exitcode}"
+                (results if good else failures)[rank] = value
+        if failures:
+            texts = [f"rank {rank} of {self.world}: {text}" for rank, text in failures.items()]
+            raise PoolError("\n".join([*texts, self._output()]))
         return [results[rank] for rank in range(self.world)]
 
     def close(self) -> None:

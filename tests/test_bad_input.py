@@ -1,4 +1,4 @@
-"""The error contract: bad input raises a typed error that holds what was given, what is needed, and a remedy."""
+"""The error contract: bad input raises a typed error with what was given, what is needed and a remedy."""
 
 from __future__ import annotations
 
@@ -232,18 +232,42 @@ def changed(index, x):
         (tensors(length=40), ValueError, "q has 40 tokens, this rank holds 48..shard.inputs"),
         (tensors(length=96), ValueError, "q has 96 tokens, this rank holds 48..no cache"),
         (tensors(batch=2), ValueError, "batch 2 of q differs from batch 1 of the plan"),
-        (changed(0, lambda q: q[0]), ValueError, "q, k, v have 3, 4, 4 dims; all must be [batch, heads, sequence, head_dim]"),
-        (changed(1, lambda k: k[:, :, :32]), ValueError, "q (1, 4, 48, 8), k (1, 2, 32, 8), v (1, 2, 48, 8) do not fit"),
-        (changed(1, lambda k: k[..., :4]), ValueError, "k (1, 2, 48, 4), v (1, 2, 48, 8) do not fit..head dim must agree"),
-        (changed(2, lambda v: v[..., :4]), NotImplementedError, "value head dim 4 differs from key head dim 8 (MLA)"),
+        (
+            changed(0, lambda q: q[0]),
+            ValueError,
+            "q, k, v have 3, 4, 4 dims; all must be [batch, heads, sequence, head_dim]",
+        ),
+        (
+            changed(1, lambda k: k[:, :, :32]),
+            ValueError,
+            "q (1, 4, 48, 8), k (1, 2, 32, 8), v (1, 2, 48, 8) do not fit",
+        ),
+        (
+            changed(1, lambda k: k[..., :4]),
+            ValueError,
+            "k (1, 2, 48, 4), v (1, 2, 48, 8) do not fit..head dim must agree",
+        ),
+        (
+            changed(2, lambda v: v[..., :4]),
+            NotImplementedError,
+            "value head dim 4 differs from key head dim 8 (MLA)",
+        ),
         (changed(2, lambda v: v[0]), ValueError, "q, k, v have 4, 4, 3 dims"),
         (changed(2, lambda v: v[:, :1]), ValueError, "v (1, 1, 48, 8) do not fit"),
-        (changed(1, torch.Tensor.double), ValueError, "torch.float32, torch.float64, torch.float32; all must be one of"),
+        (
+            changed(1, torch.Tensor.double),
+            ValueError,
+            "torch.float32, torch.float64, torch.float32; all must be one of",
+        ),
         (tensors(dtype=torch.int32), ValueError, "q, k, v are torch.int32..fp16, bf16, fp32, fp64"),
-        (tensors(dtype=torch.float8_e4m3fn), ValueError, "q, k, v are torch.float8_e4m3fn..fp16, bf16, fp32, fp64"),
+        (
+            tensors(dtype=torch.float8_e4m3fn),
+            ValueError,
+            "q, k, v are torch.float8_e4m3fn..fp16, bf16, fp32, fp64",
+        ),
         (changed(1, lambda k: k.to("meta")), ValueError, "are on cpu, meta, cpu, cpu; use one device"),
     ],
-)  # fmt: skip
+)
 def test_attention(q_k_v, error, text):
     cp = make()
     with raises(error, text):
@@ -332,9 +356,17 @@ def test_gradients_and_models():
         (VerticalSlash, {"top_p": 0.0}, "top_p is 0.0; it is a share of attention in (0, 1]"),
         (VerticalSlash, {"top_p": 1.5}, "top_p is 1.5; it is a share of attention in (0, 1]"),
         (VerticalSlash, {"top_p": float("nan")}, "top_p is nan; it is a share of attention in (0, 1]"),
-        (VerticalSlash, {"columns": (20, 10)}, "columns=(20, 10) must be (fewest, most) with 0 <= fewest <= most"),
+        (
+            VerticalSlash,
+            {"columns": (20, 10)},
+            "columns=(20, 10) must be (fewest, most) with 0 <= fewest <= most",
+        ),
         (VerticalSlash, {"columns": (-1, 30)}, "columns=(-1, 30) must be (fewest, most)"),
-        (VerticalSlash, {"slashes": (3, 2)}, "slashes=(3, 2) must be (fewest, most) with 0 <= fewest <= most"),
+        (
+            VerticalSlash,
+            {"slashes": (3, 2)},
+            "slashes=(3, 2) must be (fewest, most) with 0 <= fewest <= most",
+        ),
         (VerticalSlash, {"columns": (0, 8)}, "sink 16 exceeds the 8 columns a document may have"),
         (VerticalSlash, {"probe": 65}, "probe is 65; use 1 to 64 queries"),
         (VerticalSlash, {"probe": 0}, "probe is 0; use 1 to 64 queries"),
@@ -342,7 +374,7 @@ def test_gradients_and_models():
         (VerticalSlash, {"window": -1}, "sink 16 and window -1 must not be negative"),
         (VerticalSlash, {"segment": 0}, "segment is 0; use a multiple of the block size, or None"),
     ],
-)  # fmt: skip
+)
 def test_pattern_budgets(family, options, text):
     with raises(ValueError, text):
         family(**options)

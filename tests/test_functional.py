@@ -239,6 +239,36 @@ def test_recomputation_in_another_thread(reentrant):
     assert [len(runs) for runs in shard.record.covered.values()] == [2, 2]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_on_a_gpu(checkpointing):
+    """Two shards in flight, computed again in autograd's own thread, without host sync."""
+    batch, documents = make_batch("packed", 400)
+    expected = reference(TinyGPT(kv_heads=2), batch, documents)
+    cp = ContextParallel(None, pattern="dense", grad_reduce="sum")
+    model = cp.attach(TinyGPT(kv_heads=2, checkpointing=checkpointing).cuda())
+    batch = {name: x.cuda() for name, x in batch.items()}
+    for mode in ("default", "error"):  # kernels are compiled in the first step
+        model.zero_grad()
+        shards = [cp.shard(batch) for _ in range(2)]
+        total = shards[0].tokens * 2
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            losses = [cp.loss(model(**shard.inputs), shard, tokens=total) for shard in shards]
+            for loss in losses:
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum(losses).item() == pytest.approx(expected["loss"], rel=1e-4)
+    for name, gradient in expected["grads"].items():
+        error = (dict(model.named_parameters())[name].grad.cpu() - gradient).abs().max()
+        assert error <= 1e-3 * gradient.abs().max(), name
+    for shard in shards:
+        for runs in shard.record.covered.values():
+            assert len(runs) == (1 if checkpointing is None else 2) and len({int(n) for n in runs}) == 1
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_shards_are_freed_after_their_backward(checkpointing):
     batch, _ = make_batch("whole", 90)

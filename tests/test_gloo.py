@@ -57,7 +57,12 @@ def attend_on_rank(*args, **options):
     return attend_once(whole_ring(), *args, **options)
 
 
-def assert_equal_plans(plan, expected):
+def assert_same_attention(actual, wanted):
+    """Of two results of attend_once on the same rank: plans, tensors and reports."""
+    (tensors, plan, report), (other_tensors, expected, other_report) = actual, wanted
+    for what, x, y in zip(("out", "dq", "dk", "dv"), tensors, other_tensors, strict=True):
+        assert oracle.relative_error(x, y) <= ROUNDING, what
+    assert report_values(report) == pytest.approx(report_values(other_report), rel=1e-6)
     assert torch.equal(plan.tiles, expected.tiles)
     assert (plan.columns is None) == (expected.columns is None)
     assert plan.columns is None or torch.equal(plan.columns, expected.columns)
@@ -82,10 +87,7 @@ def test_equals_threads(world, pattern, layout, name):
     args = (PATTERNS[pattern], layout, name)
     expected = run_threads(world, lambda transport: attend_once(transport, *args))
     for mine, threads in zip(pool.run(world, attend_on_rank, *args), expected, strict=True):
-        assert_equal_plans(mine[1], threads[1])
-        for what, actual, wanted in zip(("out", "dq", "dk", "dv"), mine[0], threads[0], strict=True):
-            assert oracle.relative_error(actual, wanted) <= ROUNDING, what
-        assert report_values(mine[2]) == pytest.approx(report_values(threads[2]), rel=1e-6)
+        assert_same_attention(mine, threads)
 
 
 def report_values(report):
@@ -231,30 +233,43 @@ def test_data_parallel_groups(names, groups):
         assert rest[2] == tokens
 
 
-def attend_in_subgroup(ranks, layout):
+IN_SUBGROUP = (PATTERNS["segments"], "striped", "ragged")
+
+
+def attend_in_subgroup(ranks):
     """Only `ranks` take part, in this order; the others build the mesh and do nothing else."""
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("cp",))
     if dist.get_rank() not in ranks:
         with pytest.raises(ValueError, match="is not in the mesh"):
             ContextParallel(mesh)
         return None
-    full, plan, report = attend_once(connect(mesh, ("cp",), ()).ring, PATTERNS["segments"], layout, "batch 2")
-    return full, plan, report_values(report)
+    return attend_once(connect(mesh, "cp", ()).ring, *IN_SUBGROUP)
 
 
 @pytest.mark.parametrize("ranks", [[1, 2, 3], [3, 1, 2]])
 def test_subgroup_of_a_job(ranks):
     """A ring that does not start at rank 0, or does not ascend, is as good as any other."""
-    args = (PATTERNS["segments"], "striped", "batch 2")
-    expected = run_threads(3, lambda transport: attend_once(transport, *args))
-    results = pool.run(4, attend_in_subgroup, ranks, "striped")
+    expected = run_threads(3, lambda transport: attend_once(transport, *IN_SUBGROUP))
+    results = pool.run(4, attend_in_subgroup, ranks)
     assert results[0] is None
     for place, rank in enumerate(ranks):
-        full, plan, numbers = results[rank]
-        assert_equal_plans(plan, expected[place][1])
-        assert numbers == pytest.approx(report_values(expected[place][2]), rel=1e-6)
-        for actual, wanted in zip(full, expected[place][0], strict=True):
-            assert oracle.relative_error(actual, wanted) <= ROUNDING
+        assert_same_attention(results[rank], expected[place])
+
+
+def attend_in_slice():
+    """Two rings in one job, by a slice of its mesh, with different patterns."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    name = ["dense", "sink-window"][mesh["dp"].get_local_rank()]
+    return attend_once(connect(mesh["cp"], "cp", ()).ring, PATTERNS[name], "zigzag", "even")
+
+
+def test_slice_of_a_mesh():
+    results = pool.run(4, attend_in_slice)
+    for replica, name in enumerate(["dense", "sink-window"]):
+        args = (PATTERNS[name], "zigzag", "even")
+        expected = run_threads(2, lambda transport, args=args: attend_once(transport, *args))
+        for place in range(2):
+            assert_same_attention(results[2 * replica + place], expected[place])
 
 
 # -- ranks that differ --------------------------------------------------------------------------------
@@ -401,9 +416,9 @@ def process_id():
 @pytest.mark.parametrize(
     "how,text",
     [
-        ("raises", "rank 1 of 2 failed.*lost key"),
-        ("dies", "rank 1 died, exit code 7"),
-        ("hangs", "not finish"),
+        ("raises", "rank 1 of 2: .*lost key"),
+        ("dies", "rank 1 of 2: died, exit code 7"),
+        ("hangs", "rank 0 of 2: did not finish"),
     ],
 )
 def test_pool_reports_and_recovers(how, text):

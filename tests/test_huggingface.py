@@ -177,6 +177,37 @@ def test_compiled_models():
     assert_same_step([{"loss": loss.item(), "grads": tiny_models.gradients(model)}], expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_on_a_gpu_without_host_sync(reentrant):
+    """Computed again in autograd's own thread; two micro-batches in flight."""
+    batch, documents = make_batch("packed", 400)
+    expected = reference(llama(), batch, documents)
+    cp = ContextParallel(None, pattern="dense", grad_reduce="sum")
+    model = cp.attach(llama().cuda())
+    checkpointed(reentrant)(model)
+    batch = {name: x.cuda() for name, x in batch.items()}
+    for mode in ("default", "error"):  # kernels are compiled in the first step
+        model.zero_grad()
+        shards = [cp.shard(batch) for _ in range(2)]
+        total = shards[0].tokens * 2
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            losses = [cp.loss(model(**shard.inputs), shard, tokens=total) for shard in shards]
+            for loss in losses:
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum(losses).item() == pytest.approx(expected["loss"], rel=1e-4)
+    for name, gradient in expected["grads"].items():
+        error = (dict(model.named_parameters())[name].grad.cpu() - gradient).abs().max()
+        assert error <= 1e-3 * gradient.abs().max(), name
+    for shard in shards:
+        for runs in shard.record.covered.values():
+            assert len(runs) == (1 if reentrant is None else 2) and len({int(n) for n in runs}) == 1
+
+
 # -- FSDP2 and DDP ---------------------------------------------------------------------------------
 
 
