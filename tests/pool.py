@@ -120,8 +120,9 @@ class Pool:
         """Kills the workers, each with its own children, and nothing else."""
         for worker in self.workers:
             if worker.is_alive():
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError):  # it may not have its group yet
                     os.killpg(worker.pid, signal.SIGKILL)
+                worker.kill()
         for worker in self.workers:
             worker.join()
         for connection in self.connections:
@@ -143,11 +144,11 @@ def _work(rank: int, world: int, port: int, connection: Connection, log: Path) -
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"  # collectives that do not match raise on all ranks
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # collectives that do not match raise on all ranks
     calls: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, calls), daemon=True).start()
     seconds, store = datetime.timedelta(seconds=PATIENCE), None

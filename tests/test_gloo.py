@@ -413,6 +413,15 @@ def process_id():
     return os.getpid()
 
 
+def reduce_other_shapes():
+    return error_of(lambda: dist.all_reduce(torch.zeros(3 + dist.get_rank())))[0]
+
+
+def test_pool_notices_collectives_that_do_not_match():
+    for error in pool.run(2, reduce_other_shapes):
+        assert "mismatch" in str(error)
+
+
 @pytest.mark.parametrize(
     "how,text",
     [

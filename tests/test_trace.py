@@ -69,3 +69,31 @@ def test_plans_barely_move_without_replay():
             total += int(other.sum())
     print(f"tiles that differ: {different} of {total}, {different / total:.2e}")
     assert different / total < 1e-3
+
+
+class Arange(torch.nn.Module):
+    """A mistake that verify must find: positions counted from the start of the shard."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, position_ids):
+        return self.model(input_ids, torch.arange(input_ids.shape[1]).expand_as(input_ids))
+
+
+def test_verify_tells_right_from_wrong():
+    """The sharded model agrees with one process; one that ignores its position ids does not."""
+
+    def errors(models):
+        def body(transport):
+            cp = ContextParallel(transport, pattern=PATTERN, block_size=16, recall_every=0)
+            model = cp.attach(models[transport.rank])
+            result = cp.verify(model, batch(0))
+            assert "2 ranks against one on 64 tokens" in str(result)
+            return result.error / result.scale
+
+        return run_threads(2, body)
+
+    assert max(errors([tiny_models.llama() for _ in range(2)])) < 1e-5
+    assert min(errors([Arange(tiny_models.TinyGPT()) for _ in range(2)])) > 1e-2
