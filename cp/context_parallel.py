@@ -225,9 +225,10 @@ class ContextParallel:
         return inputs | {"position_ids": _take(positions, shard.geometry, 0)}
 
     def _count_labels(self, shard: Shard) -> int:
-        if shard.labels is None:
-            return 0
-        count = (shard.labels != IGNORE).sum()
+        """Over all ranks; replicas without labels count as zero and take part all the same."""
+        count = torch.zeros((), dtype=torch.int64, device=shard.geometry.device)
+        if shard.labels is not None:
+            count += (shard.labels != IGNORE).sum()
         group = self.everyone if shard.transport is self.transport else Alone()
         group.all_reduce(count).wait()
         return int(count)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import faulthandler
 import importlib.util
 import inspect
 import multiprocessing
@@ -39,12 +40,15 @@ class PoolError(AssertionError):
     """A rank raised, died or hung. The text has its traceback and the end of every rank's output."""
 
 
-def run(world: int, body, *args, timeout: float = TIMEOUT) -> list:
-    """body(*args) on `world` ranks of torch.distributed (gloo); what each returned, in rank order."""
+def run(world: int, body, *args, timeout: float = TIMEOUT, detail: bool = True) -> list:
+    """body(*args) on `world` ranks of torch.distributed (gloo); what each returned, in rank order.
+
+    detail: collectives that do not match raise on all ranks. DDP crashes under it in torch 2.13.
+    """
     if world not in _pools or not _pools[world].alive():
         _pools[world] = Pool(world)
     try:
-        return _pools[world].call(body, args, timeout)
+        return _pools[world].call(body, args, timeout, detail)
     except BaseException:
         _pools.pop(world).close()
         raise
@@ -83,10 +87,10 @@ class Pool:
     def alive(self) -> bool:
         return all(worker.is_alive() for worker in self.workers)
 
-    def call(self, body, args: tuple, timeout: float) -> list:
+    def call(self, body, args: tuple, timeout: float, detail: bool) -> list:
         """Runs body(*args) on every rank. Raises PoolError at the first rank that fails."""
         self.calls += 1
-        message = pickle.dumps((self.calls, inspect.getfile(body), body.__qualname__, args))
+        message = pickle.dumps((self.calls, detail, inspect.getfile(body), body.__qualname__, args))
         for connection in self.connections:
             with contextlib.suppress(OSError):  # a dead worker is noticed below
                 connection.send_bytes(message)
@@ -148,16 +152,17 @@ def _work(rank: int, world: int, port: int, connection: Connection, log: Path) -
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.set_debug_level(dist.DebugLevel.DETAIL)  # collectives that do not match raise on all ranks
+    faulthandler.enable()
     calls: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, calls), daemon=True).start()
     seconds, store = datetime.timedelta(seconds=PATIENCE), None
     while True:
-        number, path, name, args = pickle.loads(calls.get())
+        number, detail, path, name, args = pickle.loads(calls.get())
         try:
             if dist.is_initialized():  # all ranks have answered the last call, so nobody is cut off
                 dist.destroy_process_group()
             store = store or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
+            dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
             own = dist.PrefixStore(str(number), store)
             dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=seconds)
             answer = True, getattr(_module(path), name)(*args)

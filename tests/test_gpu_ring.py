@@ -48,9 +48,7 @@ def test_nccl_ring_matches_one_gpu_without_host_sync(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(torch.cuda.device_count()), str(here / "nccl_worker.py"), str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     for result in json.loads(out.read_text()):
         # A ring may not be less precise than one device with the same kernels. Sums in another order may

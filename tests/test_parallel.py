@@ -42,6 +42,11 @@ def each_once(first: list, second: list) -> list:
     return [pytest.param(*case, marks=() if case in sample else pytest.mark.full) for case in product]
 
 
+def run(sizes, body, wrapper, *args):
+    """body(sizes, wrapper, *args) on every rank."""
+    return pool.run(sizes[0] * sizes[1], body, sizes, wrapper, *args, detail=wrapper != "DDP")
+
+
 def make_batch(name: str) -> tuple[dict, list]:
     """tiny_models.make_batch, and "unequal": the first row has 4 labels, the second has all."""
     batch, documents = tiny_models.make_batch("whole" if name == "unequal" else name)
@@ -95,9 +100,9 @@ class Job:
         return full
 
 
-def train_step(sizes, wrapper, model, name, plans=None, **options):
+def train_step(sizes, wrapper, model, name, plans=None, options=None):
     """Loss and gradients of one step on one rank; the labels that it held."""
-    job = Job(sizes, wrapper, model, **options)
+    job = Job(sizes, wrapper, model, **(options or {}))
     batch, _ = make_batch(name)
     with contextlib.nullcontext() if plans is None else job.cp.replay(plans):
         shard = job.cp.shard(job.part(batch))
@@ -120,19 +125,15 @@ def expected_step(model, name):
 )
 def test_equals_one_process(model, name, sizes, wrapper):
     """Dense against the original model; "unequal" gives the replicas very different numbers of labels."""
-    results = pool.run(sizes[0] * sizes[1], train_step, sizes, wrapper, model, name)
+    results = run(sizes, train_step, wrapper, model, name)
     assert_same_step(results, expected_step(model, name))
     assert sum(result["labels"] for result in results) == results[0]["tokens"]
-
-
-def labels_first(wrapper, model):
-    return train_step((1, 4), wrapper, model, "few labels", layout="contiguous")
 
 
 @pytest.mark.parametrize("wrapper,model", each_once(WRAPPERS, ["plain", "llama"]))
 def test_ranks_without_labels(wrapper, model):
     """All labels on the first rank: the others take part with a loss of exactly 0."""
-    results = pool.run(4, labels_first, wrapper, model)
+    results = run((1, 4), train_step, wrapper, model, "few labels", None, {"layout": "contiguous"})
     assert_same_step(results, expected_step(model, "few labels"))
     assert results[0]["labels"] == 38 and not any(result["labels"] for result in results[1:])
 
@@ -149,16 +150,13 @@ def sparse_alone(pattern):
     return cp.plans(shard), {"loss": loss.item(), "grads": gradients(model)}
 
 
-def train_step_replayed(sizes, wrapper, pattern, plans):
-    options = {"pattern": SPARSE[pattern], "layout": "striped", "debug": True}
-    return train_step(sizes, wrapper, "plain, checkpointed", "packed", plans, **options)
-
-
 @pytest.mark.parametrize("pattern,world,wrapper", pairwise(list(SPARSE), [2, 4], WRAPPERS))
 def test_sparse_and_checkpointed(pattern, world, wrapper):
     """Sparse patterns, replayed, with activation checkpointing inside the wrapper; all transfers checked."""
     plans, expected = sparse_alone(pattern)
-    assert_same_step(pool.run(world, train_step_replayed, (1, world), wrapper, pattern, plans), expected)
+    options = {"pattern": SPARSE[pattern], "layout": "striped", "debug": True}
+    results = run((1, world), train_step, wrapper, "plain, checkpointed", "packed", plans, options)
+    assert_same_step(results, expected)
 
 
 # -- accumulation -------------------------------------------------------------------------------------
@@ -207,7 +205,7 @@ def expected_accumulation():
 @pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, ["FSDP2", "sum_gradients", "DDP"]), ids=str)
 def test_gradient_accumulation(sizes, wrapper):
     """The mean over all labels of the optimizer step, not the mean of the micro-batches' means."""
-    results = pool.run(sizes[0] * sizes[1], accumulate, sizes, wrapper)
+    results = run(sizes, accumulate, wrapper)
     assert_same_step(results, expected_accumulation())
 
 
@@ -254,22 +252,21 @@ def expected_losses():
 
 @pytest.mark.parametrize("sizes,wrapper", each_once(MESHES, ["sum_gradients", "DDP", "FSDP2"]), ids=str)
 def test_training_equals_one_process(sizes, wrapper):
-    for losses in pool.run(sizes[0] * sizes[1], train, sizes, wrapper):
+    for losses in run(sizes, train, wrapper):
         assert losses == pytest.approx(expected_losses(), abs=2e-6)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_forgotten_sum_gradients_is_noticed(sizes):
     """Ranks that train apart are stopped by the second cp.shard, every one of them."""
-    for steps, message in pool.run(sizes[0] * sizes[1], train, sizes, "sum_gradients", True):
+    for steps, message in run(sizes, train, "sum_gradients", True):
         assert steps == 1 and "differ between ranks" in message and "sum_gradients" in message
 
 
 def sum_what_is_reduced():
-    job = Job((1, 2), "DDP", "plain")
+    job = Job((1, 2), "FSDP2", "plain")
     with pytest.raises(ValueError, match='needs .*grad_reduce="sum".*"mean"'):
         job.cp.sum_gradients(job.model)
-    job = Job((1, 2), "FSDP2", "plain")
     job.cp.grad_reduce = "sum"
     with pytest.raises(ValueError, match="FSDP reduces them itself"):
         job.cp.sum_gradients(job.model)
