@@ -25,8 +25,8 @@ def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None:
         raise ValueError(f"batch has {list(batch)}; it needs input_ids or inputs_embeds")
-    for name, form in (("input_ids", "[batch, length]"), ("inputs_embeds", "[batch, length, width]")):
-        if name in batch and batch[name].dim() != len(form.split(",")):
+    for name, form in (("input_ids", "[batch, length, ...]"), ("inputs_embeds", "[batch, length, width]")):
+        if name in batch and batch[name].dim() < len(form.replace(", ...", "").split(",")):
             raise ValueError(f"{name} is {tuple(batch[name].shape)}; it must be {form}")
     if "position_ids" in batch and batch["position_ids"].dim() > 2:
         raise NotImplementedError(

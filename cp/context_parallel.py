@@ -147,7 +147,7 @@ class ContextParallel:
     def shard(self, batch: Mapping[str, Tensor]) -> Shard:
         """This rank's part of a batch that all ranks of the context-parallel group hold in full.
 
-        batch: input_ids [B, S] (or inputs_embeds [B, S, E]); optional labels (as transformers has them,
+        batch: input_ids [B, S, ...] (or inputs_embeds [B, S, E]); optional labels (as transformers has them,
         not shifted) or shift_labels; documents by document_ids or restarting position_ids; a padding
         attention_mask. Labels are shifted, the length is padded to ranks x block_size, the layout of
         this step is chosen, ranks check that they agree. Synchronises; not part of the step path.

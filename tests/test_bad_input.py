@@ -126,8 +126,7 @@ HOLES[0, 10:12] = 0
         ({"labels": TOKENS}, ValueError, "batch has ['labels']; it needs input_ids or inputs_embeds"),
         ({"input_ids": TOKENS[:, :0]}, ValueError, "sequence length is 0; attention needs at least 1 token"),
         ({"input_ids": TOKENS[:0]}, ValueError, "batch size is 0; it needs at least 1 row"),
-        ({"input_ids": TOKENS[0]}, ValueError, "input_ids is (40,); it must be [batch, length]"),
-        ({"input_ids": TOKENS[..., None]}, ValueError, "input_ids is (1, 40, 1); it must be [batch, length]"),
+        ({"input_ids": TOKENS[0]}, ValueError, "input_ids is (40,); it must be [batch, length, ...]"),
         (
             {"inputs_embeds": TOKENS},
             ValueError,

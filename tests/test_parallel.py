@@ -43,8 +43,8 @@ def each_once(first: list, second: list) -> list:
 
 
 def run(sizes, body, wrapper, *args):
-    """body(sizes, wrapper, *args) on every rank."""
-    return pool.run(sizes[0] * sizes[1], body, sizes, wrapper, *args, detail=wrapper != "DDP")
+    """body(sizes, wrapper, *args) on every rank. DDP and FSDP2 fail under DETAIL in some torch versions."""
+    return pool.run(sizes[0] * sizes[1], body, sizes, wrapper, *args, detail=wrapper == "sum_gradients")
 
 
 def make_batch(name: str) -> tuple[dict, list]:
