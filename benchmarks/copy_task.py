@@ -85,9 +85,13 @@ def make_batch(task: Task, seed: int) -> tuple[dict, int]:
 def train(task: Task, pattern: Pattern) -> list[dict]:
     """Trains on `world` ranks and evaluates on unseen sequences and distances; one result a rank."""
 
-    def body(transport):
+    models = []
+    for _ in range(task.world):  # here, because threads share one random state
         torch.manual_seed(0)
-        model = CopyModel(task.vocab)
+        models.append(CopyModel(task.vocab))
+
+    def body(transport):
+        model = models[transport.rank]
         cp = ContextParallel(transport, pattern=pattern, layout="striped", grad_reduce="sum", recall_every=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         densities = []

@@ -60,8 +60,10 @@ class Job:
 
     def __init__(self, sizes, wrapper, model, **options):
         data, _ = sizes
+        # First of all, so that it is the default group: DTensor keeps specs, with the names of their groups,
+        # from the process groups of earlier tests.
+        everyone = init_device_mesh("cpu", (sizes[0] * sizes[1],), mesh_dim_names=("everyone",))
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "cp"))
-        everyone = mesh["dp", "cp"]._flatten("everyone")
         options = {"pattern": Dense(), "layout": "zigzag", "block_size": BLOCK} | options
         reduce = "sum" if wrapper == "sum_gradients" else "mean"
         self.cp = ContextParallel(mesh, data_axes=("dp",), grad_reduce=reduce, **options)
