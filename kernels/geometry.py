@@ -207,8 +207,8 @@ class Geometry:
 
 
 def _normalise(lo: Tensor, hi: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Empty intervals become (N, -1), the tail is padded with empty ones."""
-    lo, hi = lo.int().clamp(min=0), hi.int()
+    """Intervals end where the tokens end, empty ones become (N, -1), the tail is padded with empty ones."""
+    lo, hi = lo.int().clamp(min=0), hi.int().clamp(max=lo.shape[1] - 1)
     empty = lo > hi
     lo, hi = lo.masked_fill(empty, num_tokens), hi.masked_fill(empty, -1)
     tail = (0, num_tokens - lo.shape[1])

@@ -148,3 +148,11 @@ def test_bad_geometry_and_plan():
     q, k, v, *_ = oracle.inputs(1, 4, 2, 32, 16)
     with pytest.raises(ValueError, match="3 mask heads"):
         attend(q, k, v, plan)
+
+
+def test_intervals_end_with_the_sequence():
+    """Keys beyond the last token do not exist, whatever an interval says: padding is never attended to."""
+    far = torch.full((1, 20), 1000)
+    geometry = Geometry.from_intervals(far * 0 - 5, far, 16, (far * 0, far))
+    compare(Plan.build(geometry, torch.ones(1, 1, 2, 2, dtype=torch.bool)), 2, 1, 20)
+    assert int(geometry.visible_elements.sum()) == 20 * 20
