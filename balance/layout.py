@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 
 import numpy as np
 
@@ -105,6 +106,7 @@ class Layout:
 
 def contiguous(num_blocks: int, world: int, block_size: int) -> Layout:
     """Rank r holds the r-th of W runs of consecutive blocks."""
+    _check_sizes(num_blocks, world)
     return Layout(block_size, num_blocks, _cut(0, num_blocks, world), "contiguous")
 
 
@@ -113,6 +115,7 @@ def zigzag(num_blocks: int, world: int, block_size: int) -> Layout:
 
     If the blocks per rank are odd, chunks differ by one block; the two chunks of a rank even that out.
     """
+    _check_sizes(num_blocks, world)
     chunks = _cut(0, num_blocks, 2 * world)
     assignment = tuple(chunks[rank] + chunks[-1 - rank] for rank in range(world))
     return Layout(block_size, num_blocks, assignment, "zigzag")
@@ -126,6 +129,7 @@ def striped(num_blocks: int, world: int, block_size: int, stripe: int = 1) -> La
     """
     if stripe < 1:
         raise ValueError(f"stripe is {stripe} blocks; it must be at least 1")
+    _check_sizes(num_blocks, world)
     width = stripe * world
     rounds = [_cut(start, min(start + width, num_blocks), world) for start in range(0, num_blocks, width)]
     assignment = tuple(sum((cut[rank] for cut in rounds), ()) for rank in range(world))
@@ -135,9 +139,9 @@ def striped(num_blocks: int, world: int, block_size: int, stripe: int = 1) -> La
 def from_assignment(assignment: Sequence[Sequence[int]], block_size: int, name: str = "custom") -> Layout:
     """Any layout: the logical block ids of each rank in physical order; counts may differ, or be 0.
 
-    Raises ValueError unless the ids are a permutation of 0..n-1.
+    Raises ValueError unless the ids are a permutation of 0..n-1, TypeError unless they are integers.
     """
-    blocks = tuple(tuple(int(block) for block in blocks) for blocks in assignment)
+    blocks = tuple(tuple(index(block) for block in blocks) for blocks in assignment)
     return Layout(block_size, sum(map(len, blocks)), blocks, name)
 
 
@@ -151,6 +155,13 @@ def named(name: str, num_blocks: int, world: int, block_size: int) -> Layout:
     if match is None:
         raise ValueError(f"unknown layout {name!r}; use one of {NAMES}, auto, or a Layout object")
     return striped(num_blocks, world, block_size, int(match[1] or 1))
+
+
+def _check_sizes(num_blocks: int, world: int) -> None:
+    if num_blocks < 0 or world < 1:
+        raise ValueError(
+            f"a layout of {num_blocks} blocks on {world} ranks; it needs 0 blocks and 1 rank at least"
+        )
 
 
 def _cut(start: int, stop: int, parts: int) -> tuple[tuple[int, ...], ...]:

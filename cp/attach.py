@@ -74,6 +74,11 @@ def check_order(model: nn.Module) -> None:
             wrapper = "torch.compile"
         if wrapper is not None:
             raise ValueError(f"{place} is wrapped by {wrapper} already; {ORDER}")
+        if any(base.__name__ == "PeftModel" for base in type(module).__mro__):
+            raise ValueError(
+                f"{place} is a wrapper of peft; cp.attach(model.get_base_model()), or attach the bare model "
+                "before get_peft_model"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(f"{place} is TorchScript; only Python modules can be attached")
     for name, parameter in model.named_parameters():

@@ -19,7 +19,8 @@ from ..balance.schedule import Schedule, Transfer
 from ..kernels.attention import accumulator_dtype, output_delta, start
 from ..kernels.bound import BoundPlan
 from ..kernels.columns import gather_columns, scatter_columns
-from .errors import RingDesyncError
+from .isolated import isolated
+from .link import Link
 from .transport import Pending, Transport
 
 
@@ -27,43 +28,30 @@ from .transport import Pending, Transport
 class Ring:
     """What one attention call needs of its surroundings.
 
-    header: integers (step, layer, layout) that must agree at every transfer, or None to not check.
-    sent: bytes sent by this rank, by traffic class; counted here.
+    transport: a Link where errors should say in which step and layer they happened. sent: bytes sent by this
+    rank, by traffic class; counted here.
     """
 
     transport: Transport
     schedule: Schedule
     steps: ModuleType
-    header: tuple[int, ...] | None = None
     sent: Counter = field(default_factory=Counter)
 
-    def send(self, transfer: Transfer, x: Tensor, shape, channel: str) -> tuple[Tensor, Pending]:
+    @property
+    def link(self) -> Link:
+        return self.transport if isinstance(self.transport, Link) else Link(self.transport)
+
+    def send(self, link: Link, transfer: Transfer, x: Tensor, shape, channel: str) -> tuple[Tensor, Pending]:
         """Starts a transfer; the returned tensor is filled once the pending is waited for."""
         self.sent[channel] += x.numel() * x.itemsize
         receive = torch.empty(shape, dtype=x.dtype, device=x.device)
-        sent, received, check = [x], [receive], None
-        if self.header is not None:
-            mine = [*self.header, transfer.sends, *shape, x.dtype.itemsize]
-            sent.insert(0, torch.tensor(mine, dtype=torch.int64, device=x.device))
-            received.insert(0, torch.full_like(sent[0], -1))
-            wanted = [*self.header, transfer.receives, *shape, x.dtype.itemsize]
-            check = (received[0], wanted, transfer.recv_from)
-        pending = self.transport.exchange(sent, transfer.send_to, received, transfer.recv_from, channel)
-        if check is None:
-            return receive, pending
-        return receive, Pending(lambda: (pending.wait(), self._verify(*check, channel)))
+        return receive, link.exchange([x], transfer.send_to, [receive], transfer.recv_from, channel)
 
-    def count_all_reduce(self, x: Tensor) -> None:
-        """A ring all-reduce sends 2 (size - 1) / size of the tensor from every rank."""
+    def all_reduce(self, phase: str, x: Tensor) -> Pending:
+        """Of columns. A ring all-reduce sends 2 (size - 1) / size of the tensor from every rank."""
         size = self.transport.size
         self.sent["columns"] += 2 * (size - 1) * x.numel() * x.itemsize // size
-
-    def _verify(self, header: Tensor, wanted: list[int], peer: int, channel: str) -> None:
-        if header.tolist() != wanted:
-            raise RingDesyncError(
-                f"rank {self.transport.rank} expected {channel} with header {wanted} from rank {peer}, "
-                f"which sent {header.tolist()} (step, layer, layout, source, shape, bytes per element)"
-            )
+        return self.link.at(phase).all_reduce(x)
 
 
 def ring_attention(
@@ -79,9 +67,9 @@ def ring_attention(
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bound: BoundPlan, ring: Ring, scale: float):
-        columns = _start_columns(k, v, bound, ring)
+        columns = _start_columns(k, v, bound, ring, "forward")
         out, lse = start(q)
-        for step, keys in _keys(k, v, bound, ring, ring.schedule.forward):
+        for step, keys in _keys(k, v, bound, ring, "forward"):
             ring.steps.forward_step(q, keys[0], keys[1], bound, step.source, out, lse, scale)
         if columns is not None:
             ring.steps.forward_columns(q, *_finish_columns(columns), bound, out, lse, scale)
@@ -94,42 +82,50 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *lists = ctx.saved_tensors
-        bound, ring, scale = ctx.bound.join(lists), ctx.ring, ctx.scale
-        columns = _start_columns(k, v, bound, ring)
-        dout = dout.contiguous()
-        delta = output_delta(out, dout, dlse)
-        dtype = accumulator_dtype(q)
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        shape = _wire_shape(k, bound)
-        arriving: dict[int, tuple[Tensor, Pending]] = {}
-        for step, keys in _keys(k, v, bound, ring, ring.schedule.backward):
-            gradient = torch.zeros(shape, dtype=dtype, device=k.device)
-            ring.steps.backward_step(
-                q, keys[0], keys[1], dout, lse, delta, bound, step.source, dq, *gradient, scale
-            )
-            if step.source in arriving:
-                received, pending = arriving.pop(step.source)
-                pending.wait()
-                gradient += received
-            if step.gradients is None:
-                own = gradient
-            else:
-                transfer = step.gradients
-                arriving[transfer.receives] = ring.send(transfer, gradient, shape, "grads")
-        if ring.transport.rank in arriving:
-            own, pending = arriving.pop(ring.transport.rank)
+        q, k, v, out, lse, *lists = ctx.saved_tensors  # activation checkpointing runs the model again here
+        with isolated(dout.device):
+            grads = _backward(q, k, v, out, lse, dout, dlse, ctx.bound.join(lists), ctx.ring, ctx.scale)
+        return *grads, None, None, None
+
+
+def _backward(q, k, v, out, lse, dout, dlse, bound: BoundPlan, ring: Ring, scale: float):
+    """dq, dk, dv of this rank from the gradients of out and lse."""
+    ring.link.at("backward").enter(q.device)
+    columns = _start_columns(k, v, bound, ring, "backward")
+    dout = dout.contiguous()
+    delta = output_delta(out, dout, dlse)
+    dtype = accumulator_dtype(q)
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    shape = _wire_shape(k, bound)
+    arriving: dict[int, tuple[Tensor, Pending]] = {}
+    hops = sum(step.gradients is not None for step in ring.schedule.backward)
+    for hop, (step, keys) in enumerate(_keys(k, v, bound, ring, "backward"), 1):
+        gradient = torch.zeros(shape, dtype=dtype, device=k.device)
+        ring.steps.backward_step(
+            q, keys[0], keys[1], dout, lse, delta, bound, step.source, dq, *gradient, scale
+        )
+        if step.source in arriving:
+            received, pending = arriving.pop(step.source)
             pending.wait()
-        dk, dv = own[:, :, :, : k.shape[2]]
-        if columns is not None:
-            ck, cv = _finish_columns(columns)
-            dcolumns = torch.zeros(2, *ck.shape, dtype=dtype, device=k.device)
-            ring.steps.backward_columns(q, ck, cv, dout, lse, delta, bound, dq, *dcolumns, scale)
-            ring.count_all_reduce(dcolumns)
-            ring.transport.all_reduce(dcolumns).wait()
-            scatter_columns(dcolumns[0], bound.plan, dk)
-            scatter_columns(dcolumns[1], bound.plan, dv)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+            gradient += received
+        if step.gradients is None:
+            own = gradient
+        else:
+            transfer = step.gradients
+            link = ring.link.at("backward", hop, hops)
+            arriving[transfer.receives] = ring.send(link, transfer, gradient, shape, "grads")
+    if ring.transport.rank in arriving:
+        own, pending = arriving.pop(ring.transport.rank)
+        pending.wait()
+    dk, dv = own[:, :, :, : k.shape[2]]
+    if columns is not None:
+        ck, cv = _finish_columns(columns)
+        dcolumns = torch.zeros(2, *ck.shape, dtype=dtype, device=k.device)
+        ring.steps.backward_columns(q, ck, cv, dout, lse, delta, bound, dq, *dcolumns, scale)
+        ring.all_reduce("backward", dcolumns).wait()
+        scatter_columns(dcolumns[0], bound.plan, dk)
+        scatter_columns(dcolumns[1], bound.plan, dv)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _wire_shape(k: Tensor, bound: BoundPlan) -> tuple[int, ...]:
@@ -138,32 +134,33 @@ def _wire_shape(k: Tensor, bound: BoundPlan) -> tuple[int, ...]:
     return (2, batch, heads, bound.blocks_per_source * bound.block_size, dim)
 
 
-def _keys(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, steps):
+def _keys(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, phase: str):
     """Yields (step, keys and values [2, B, Hk, n*block, D] of its source), moving them meanwhile."""
-    shape = _wire_shape(k, bound)
+    shape, steps = _wire_shape(k, bound), getattr(ring.schedule, phase)
+    hops = sum(step.keys is not None for step in steps)
     own = torch.stack((k, v))
     if own.shape[3] < shape[3]:  # a copy only where shards are uneven
         own = torch.nn.functional.pad(own, (0, 0, 0, shape[3] - own.shape[3]))
     held: dict[int, Tensor] = {ring.transport.rank: own}
     arriving: dict[int, Pending] = {}
-    for step in steps:
+    for hop, step in enumerate(steps, 1):
         if step.source in arriving:
             arriving.pop(step.source).wait()
         if step.keys is not None:
             transfer = step.keys
-            received = ring.send(transfer, held[transfer.sends], shape, "keys")
+            link = ring.link.at(phase, hop, hops)
+            received = ring.send(link, transfer, held[transfer.sends], shape, "keys")
             held[transfer.receives], arriving[transfer.receives] = received
         yield step, held[step.source]
         del held[step.source]
 
 
-def _start_columns(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring):
+def _start_columns(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, phase: str):
     """Every rank contributes the columns that it holds; the sum with zeros is exact."""
     if bound.columns is None:
         return None
     columns = torch.stack((gather_columns(k, bound.plan), gather_columns(v, bound.plan)))
-    ring.count_all_reduce(columns)
-    return columns, ring.transport.all_reduce(columns)
+    return columns, ring.all_reduce(phase, columns)
 
 
 def _finish_columns(columns) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ KNOWN = (
     "input_ids", "inputs_embeds", "labels", "shift_labels", "position_ids", "document_ids",
     "attention_mask",
 )  # fmt: skip
+INTEGER = set(KNOWN) - {"inputs_embeds", "attention_mask"}
 
 
 def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
@@ -40,7 +41,12 @@ def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
     if size < 1:
         raise ValueError("batch size is 0; it needs at least 1 row")
     check_length(length, block_size)
+    devices = {name: str(x.device) for name, x in batch.items()}
+    if len(set(devices.values())) > 1 or "meta" in devices.values():
+        raise ValueError(f"the batch is on {devices}; use one device, that holds values")
     for name, tensor in batch.items():
+        if name in INTEGER and tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} is of {tensor.dtype}; use torch.int64")
         shared = name == "position_ids" and tensor.shape == (1, length)
         if tensor.shape[:2] != (size, length) and not shared:
             raise ValueError(f"{name} is {tuple(tensor.shape)}; it must start with [{size}, {length}]")
@@ -50,7 +56,7 @@ def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
 def find_documents(batch: dict[str, Tensor], size: int, length: int) -> Documents:
     """Documents of each row from document_ids, or else from position_ids that restart; less padding.
 
-    attention_mask [B, S] marks one run of tokens in each row; the rest is padding. Synchronises.
+    attention_mask [B, S] marks tokens; padding stands at the ends of rows and documents. Synchronises.
     """
     starts = torch.zeros(size, length, dtype=torch.bool)
     starts[:, 0] = True
@@ -64,16 +70,32 @@ def find_documents(batch: dict[str, Tensor], size: int, length: int) -> Document
     if "attention_mask" in batch:
         mask = batch["attention_mask"].cpu()
         valid = mask.bool()
+        if not torch.equal(mask, valid.to(mask.dtype)):
+            raise ValueError(
+                f"attention_mask holds {float(mask.min())} to {float(mask.max())}; use 1 for tokens and 0 "
+                "for padding"
+            )
         starts[:, 1:] |= valid[:, 1:] != valid[:, :-1]
-        runs = (valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0]
-        if int(runs.max()) > 1:
-            raise NotImplementedError("attention_mask with holes; only padding at the ends of a row")
+        _check_holes(valid, batch.get("document_ids"))
     documents = []
     for row in range(size):
         begins = starts[row].nonzero()[:, 0].tolist()
         ranges = zip(begins, [*begins[1:], length], strict=True)
         documents.append(tuple((a, b) for a, b in ranges if valid[row, a]))
     return tuple(documents)
+
+
+def _check_holes(valid: Tensor, document_ids: Tensor | None) -> None:
+    """Padding stands at the ends of rows and of documents."""
+    ids = torch.zeros(valid.shape, dtype=torch.int64) if document_ids is None else document_ids.cpu()
+    for row, name in zip(valid, ids, strict=True):
+        at = row.nonzero()[:, 0]
+        hole = at[1:] > at[:-1] + 1
+        if (hole & (name[at[1:]] == name[at[:-1]])).any():
+            raise NotImplementedError(
+                "attention_mask with holes inside a document; only padding at the ends of a row, or between "
+                "documents of different document_ids"
+            )
 
 
 def shift_labels(batch: dict[str, Tensor], documents: Documents, length: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..balance import Decision, Layout, PlannerState, Statistics, resolve, ring
 from ..balance.layout import named
-from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, steps
+from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, check_scale, steps
 from ..kernels.bound import prepare
 from ..kernels.geometry import Geometry, check_length
 from ..kernels.patterns import PATTERNS, Pattern
+from ..kernels.patterns.base import check_counts
 from ..kernels.plan import Plan
 from .attach import attach_model, detach_model, head_of
 from .attention import ring_attention
@@ -30,12 +33,16 @@ from .batch import (
     position_ids,
     shift_labels,
 )
-from .errors import RingDesyncError
+from .coverage import check_keys, count_keys
+from .errors import Place
 from .estimate import sampled_recall
+from .finite import check_finite
+from .isolated import isolated
+from .link import Link
 from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
 from .mesh import connect
 from .record import Record, Report
-from .shard import Shard, full_plans, stable_hash
+from .shard import Shard, full_plans
 from .transport import Alone, Distributed, agree
 from .verify import Verification, verify_model
 
@@ -54,8 +61,12 @@ class ContextParallel:
     grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
         `sum_gradients` (or anything else that sums).
     deterministic: bit-identical from run to run; all present kernels are.
-    debug: check a header at every transfer. Slow: it waits for the device.
+    debug: check a header at every transfer, and that q, k and v of every layer are finite: all ranks
+        raise FloatingPointError that names tensor, layer and rank. Slow: it waits for the device. Without
+        it values are not looked at: NaN and infinities spread to the queries whose tiles hold them.
     block_size: tokens in a block. recall_every: steps between two samples of recall, 0 for never.
+    count_keys: first steps in which every layer counts the keys that its queries see (one forward more);
+        `report`, or `shard` two steps later, raises RuntimeError if the plans promise others.
     impl: kernels, "auto", "reference" or "triton". timeout: seconds to wait for another rank before
         RingTimeoutError.
     """
@@ -74,6 +85,7 @@ class ContextParallel:
         debug: bool = False,
         block_size: int = 128,
         recall_every: int = 10,
+        count_keys: int = 1,
         impl: str = "auto",
         timeout: float = 300.0,
     ):
@@ -86,6 +98,9 @@ class ContextParallel:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
         check_length(1, block_size)
+        check_counts(recall_every=recall_every, count_keys=count_keys)
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout is {timeout} seconds; use a finite number above 0")
         if not isinstance(layout, Layout) and layout != "auto":
             named(layout, 1, 1, block_size)  # raises if there is no such layout
         groups = connect(mesh, axes, data_axes, timeout)
@@ -93,15 +108,15 @@ class ContextParallel:
         self.patterns = _patterns(pattern)
         self.layout, self.exchange, self.grad_reduce = layout, exchange, grad_reduce
         self.deterministic, self.debug, self.impl = deterministic, debug, impl
-        self.block_size, self.recall_every = block_size, recall_every
+        self.block_size, self.recall_every, self.count_keys = block_size, recall_every, count_keys
         self.model: nn.Module | None = None
-        self._step = 0
+        self._step = self._sharded = 0  # steps of the run, and those seen by this object
         self._planner = PlannerState()
         self._statistics: Statistics | None = None
         self._pending: deque = deque()  # records of steps whose statistics have not been used yet
         self._last: tuple | None = None  # record, transport and layout of the last shard
         self._replay: dict[Hashable, Plan] | None = None
-        self._agreed: set = set()  # attention calls whose layer, heads and dtype all ranks have compared
+        self._agreed: dict = {}  # kinds of calls, and the step in which all ranks compared theirs
         if self.everyone.rank == 0:
             print(self)
 
@@ -131,7 +146,7 @@ class ContextParallel:
     def detach(self, model: nn.Module) -> nn.Module:
         """Undoes `attach`."""
         if self.model is not model:
-            raise ValueError("this model is not attached to this object")
+            raise ValueError("this model is not attached to this object; detach the one that attach returned")
         detach_model(model)
         self.model = None
         return model
@@ -180,14 +195,17 @@ class ContextParallel:
             tokens=0,
             replayed=self._replay,
             sample_recall=bool(self.recall_every) and self._step % self.recall_every == 0,
+            count_keys=self._sharded < self.count_keys,
         )
-        shard.tensors = self._tensors(batch, documents, shard)
+        positions = position_ids(batch, documents, size, length)
+        shard.tensors = self._tensors(batch, positions, geometry)
+        shard.last_position = positions.max()
         if transport is self.transport:
             self._check_agreement(shard, batch)
             self._check_parameters()
             self._pending.append(shard.record)
             self._last = (shard.record, transport, shard.layout)
-            self._step += 1
+            self._step, self._sharded = self._step + 1, self._sharded + 1
         shard.tokens = self._count_labels(shard)
         prepare(geometry, decision.layout.assignment)
         for pattern in self.patterns.values():
@@ -212,17 +230,14 @@ class ContextParallel:
             self._statistics = self._reduced(self._pending.popleft()) or self._statistics
 
     def _reduced(self, step: Record | Statistics | None) -> Statistics | None:
-        return step.statistics(self.transport, self.block_size) if isinstance(step, Record) else step
+        if not isinstance(step, Record):
+            return step
+        check_keys(step.keys, self.transport)
+        return step.statistics(self.transport, self.block_size)
 
-    def _tensors(self, batch, documents, shard: Shard) -> dict[str, Tensor]:
-        size = shard.geometry.batch
-        positions = position_ids(batch, documents, size, shard.length)
-        inputs = {
-            name: _take(batch[name], shard.geometry, 0)
-            for name in ("input_ids", "inputs_embeds")
-            if name in batch
-        }
-        return inputs | {"position_ids": _take(positions, shard.geometry, 0)}
+    def _tensors(self, batch, positions: Tensor, geometry: Geometry) -> dict[str, Tensor]:
+        given = {name: batch[name] for name in ("input_ids", "inputs_embeds") if name in batch}
+        return {name: _take(x, geometry, 0) for name, x in (given | {"position_ids": positions}).items()}
 
     def _count_labels(self, shard: Shard) -> int:
         """Over all ranks; replicas without labels count as zero and take part all the same."""
@@ -238,7 +253,7 @@ class ContextParallel:
         names = ("step", "batch size", "length", *KNOWN, "layout")
         contents = [fingerprint(batch[name]) if name in batch else 0 for name in KNOWN]
         values = [self._step, shard.geometry.batch, shard.length, *contents, shard.layout.digest()]
-        agree(self.transport, names, values, shard.geometry.device)
+        agree(self.transport, dict(zip(names, values, strict=True)), shard.geometry.device)
 
     def _check_parameters(self) -> None:
         """At the second shard: replicated parameters must still be equal, or gradients were not summed."""
@@ -261,7 +276,8 @@ class ContextParallel:
         width = max(shard.layout.blocks_per_rank) * shard.layout.block_size
         if x.shape[dim] != shard.local_length:
             raise ValueError(
-                f"dim {dim} has {x.shape[dim]} entries, this rank holds {shard.local_length} tokens"
+                f"dim {dim} has {x.shape[dim]} entries, this rank holds {shard.local_length} tokens; "
+                "say which dim is the sequence"
             )
         x = x.detach().movedim(dim, 0).contiguous()
         pad = (0, 0) * (x.dim() - 1) + (0, width - x.shape[0])
@@ -281,40 +297,53 @@ class ContextParallel:
         q: [B, H, S', D]; k, v: [B, Hk, S', D], this rank's tokens in the order of the shard. layer: key
         of the plan; give every attention layer its own. scale: 1 / sqrt(D) by default.
         """
+        if not isinstance(shard, Shard):
+            raise TypeError(f"shard is a {type(shard).__name__}; pass what cp.shard(batch) returned")
+        if shard.cp is not self:
+            raise ValueError("the shard is of another ContextParallel; pass what cp.shard(batch) returned")
+        if any(isinstance(x, DTensor) for x in (q, k, v)):
+            raise NotImplementedError("q, k or v is a DTensor; pass local tensors, x.to_local()")
         check_inputs(q, k, v, shard.geometry)
         if q.shape[2] != shard.local_length:
             raise ValueError(
                 f"q has {q.shape[2]} tokens, this rank holds {shard.local_length} of the sequence; pass "
                 "the model shard.inputs, and no cache"
             )
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        scale = check_scale(scale, q.shape[3])
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        self._check_call(q, k, shard, layer)
-        bound = shard.plan(layer, q.detach(), k.detach(), v.detach(), scale)
-        check_mask_heads(bound.plan, q.shape[1], k.shape[1])
-        shard.record.ran(layer, bound)
-        out, lse = ring_attention(q, k, v, bound, shard.ring(layer, steps(self.impl, q)), scale)
-        if shard.sample_recall and layer not in shard.record.recall:
-            with torch.no_grad():
-                shard.record.recall[layer] = sampled_recall(q, k, lse, shard.geometry, shard.transport, scale)
+        with isolated(q.device):
+            first = self._check_call(q, k, shard, layer)
+            if self.debug:
+                check_finite({"q": q, "k": k, "v": v}, layer, shard.transport)
+            bound = shard.plan(layer, q.detach(), k.detach(), v.detach(), scale)
+            check_mask_heads(bound.plan, q.shape[1], k.shape[1])
+            shard.record.ran(layer, bound)
+            around = shard.ring(layer, steps(self.impl, q), first)
+            if shard.count_keys:  # before the attention, after which recomputation may stop
+                shard.record.keys.setdefault(layer, []).append(count_keys(q, k, v, bound, around, scale))
+            out, lse = ring_attention(q, k, v, bound, around, scale)
+            if shard.sample_recall and layer not in shard.record.recall:
+                with torch.no_grad():
+                    shard.record.recall[layer] = sampled_recall(
+                        q, k, lse, shard.geometry, shard.link("recall", layer), scale
+                    )
         return out
 
-    def _check_call(self, q: Tensor, k: Tensor, shard: Shard, layer: Hashable) -> None:
-        """Ranks prove that they are in the same layer with equal shapes: the first time, or in debug always.
+    def _check_call(self, q: Tensor, k: Tensor, shard: Shard, layer: Hashable) -> bool:
+        """Ranks prove that they are in the same layer with equal shapes; returns whether they did.
 
+        In every forward, recomputation and backward of the first step with such a call, in debug always.
         Synchronises then. What travels in a ring must have the same size everywhere, and gloo aborts the
         process, or fills tensors with rubbish, where it has not.
         """
-        call = (layer, q.shape[1], k.shape[1], q.shape[3], q.dtype)
-        if call in self._agreed and not self.debug:
-            return
-        names = ("step", "layer", "layout", "query heads", "key heads", "head dim", "dtype")
-        values = [shard.step, stable_hash(layer), shard.layout.digest(), *call[1:4], stable_hash(q.dtype)]
-        try:
-            agree(shard.transport, names, values, q.device)
-        except RingDesyncError as error:
-            raise RingDesyncError(f"attention layer {layer!r}: {error}") from None
-        self._agreed.add(call)
+        call = {"query heads": q.shape[1], "key heads": k.shape[1], "head dim": q.shape[3], "dtype": q.dtype}
+        first = self._first((layer, *call.values(), shard.transport.size), shard)
+        shard.link("forward", layer, first).enter(q.device, **call)
+        return first
+
+    def _first(self, call: Hashable, shard: Shard) -> bool:
+        """Whether this step is the first with such a call."""
+        return self._agreed.setdefault(call, shard.step) == shard.step
 
     def pattern_of(self, layer: Hashable) -> Pattern:
         return self.patterns.get(layer, self.patterns["default"])
@@ -355,6 +384,9 @@ class ContextParallel:
         total = token_loss_sum(hidden, shard.labels, head, vocab)
         count = shard.tokens if tokens is None else tokens
         group = self.everyone if shard.transport is self.transport else Alone()
+        entry = self._first(("loss", group.size), shard)
+        group = Link(group, Place(shard.step, phase="loss"), {}, self.debug, entry)
+        group.enter(total.device, labels=count)
         scale = group.size if self.grad_reduce == "mean" else 1
         return GlobalLoss.apply(total / max(1, count), group, scale)
 
@@ -374,6 +406,7 @@ class ContextParallel:
         if shard is None and self._last is None:
             raise ValueError("nothing to report yet; call shard and run the model first")
         of = self._last if shard is None else (shard.record, shard.transport, shard.layout)
+        check_keys(of[0].keys, of[1])
         return of[0].report(of[1], of[2], "ring")
 
     def plans(self, shard: Shard) -> dict[Hashable, Plan]:
@@ -425,5 +458,8 @@ def _patterns(pattern) -> dict[Hashable, Pattern]:
                 raise ValueError(f"pattern {choice!r} is unknown; use one of {list(PATTERNS)} or an object")
             table[layer] = PATTERNS[choice]()
         elif not isinstance(choice, Pattern):
-            raise ValueError(f"pattern {choice!r} of layer {layer!r} is neither a Pattern nor a name")
+            raise ValueError(
+                f"pattern {choice!r} of layer {layer!r} is neither a Pattern nor a name; use an object, or "
+                f"one of {list(PATTERNS)}"
+            )
     return table

@@ -141,7 +141,9 @@ class FunctionalAttachment:
                 "or cp.detach(model) first"
             )
         if shard.cp is not self.cp:
-            raise ValueError("the shard is of another ContextParallel than the one the model is attached to")
+            raise ValueError(
+                "the shard is of another ContextParallel than the one the model is attached to; use its shard"
+            )
         positions = shard.tensors["position_ids"]
         if not self.warned and not any(x is positions for x in _tensors((args, kwargs))):
             self.warned = True
@@ -221,7 +223,7 @@ def _check(place, query, key, attn_mask, dropout_p, is_causal, enable_gqa) -> No
         )
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ValueError(
-            f"{place}: {query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa=True"
+            f"{place}: {query.shape[1]} query heads and {key.shape[1]} key heads; give enable_gqa=True"
         )
 
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .attach import ATTRIBUTE, ORDER, no_copy
+from .rotary import STATIC, Rotaries, rope_types
 from .shard import KEYWORD, Shard
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def attach(cp: ContextParallel, model: nn.Module, whole_logits: bool) -> None:
     model.config.use_cache = False
     if model.config._attn_implementation != NAME:
         attachment.detach(model)
-        raise NotImplementedError(f"{type(model).__name__} does not let its attention be replaced")
+        raise NotImplementedError(f"the attention of {type(model).__name__} cannot be replaced; {SUPPORTED}")
     if not whole_logits:
         attachment.head = Head(model.get_output_embeddings(), model)
 
@@ -66,9 +67,11 @@ class HuggingFaceAttachment:
         self.arguments = tuple(inspect.signature(model.forward).parameters)
         self.modules = set(model.modules())
         self.layers: dict[int, nn.Module] = {}
+        self.rotaries = Rotaries(model)
         self.hooks = (
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, with_kwargs=True),
+            model.register_forward_hook(_end_forward, always_call=True),
         )
 
     def detach(self, model: nn.Module) -> None:
@@ -76,6 +79,7 @@ class HuggingFaceAttachment:
             hook.remove()
         if self.head is not None:
             self.head.detach()
+        self.rotaries.detach()
         model.set_attn_implementation(self.implementation)
         model.config.use_cache = self.use_cache
         delattr(model, ATTRIBUTE)
@@ -137,7 +141,7 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
     if shard is None:
         raise ValueError(f"{type(model).__name__} is attached and was called without a shard; {CALL}")
     if shard.cp is not attachment.cp:
-        raise ValueError("the shard is of another ContextParallel than the one that the model is attached to")
+        raise ValueError(f"the shard is of another ContextParallel than the model is attached to; {CALL}")
     if model.config._attn_implementation != NAME:
         raise RuntimeError(
             f"the attention implementation became {model.config._attn_implementation!r} after attach; "
@@ -160,6 +164,7 @@ def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
         mask = torch.ones(size, dtype=torch.bool, device=shard.geometry.device)
         setattr(mask, ATTRIBUTE, True)
         given["attention_mask"] = mask
+    attachment.rotaries.running = shard
     return (), given
 
 
@@ -181,6 +186,11 @@ def _after_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output
                 f"{type(model).__name__} changes logits after its output embedding; "
                 "cp.attach(model, whole_logits=True)"
             )
+
+
+def _end_forward(model: nn.Module, args: tuple, output) -> None:
+    """Called after a failure too."""
+    getattr(model, ATTRIBUTE).rotaries.running = None
 
 
 @torch.compiler.disable
@@ -233,7 +243,7 @@ def _layer(module: nn.Module, shard: Shard) -> int:
     """The key of an attention module's plans."""
     attachment = getattr(shard.cp.model, ATTRIBUTE, None)
     if attachment is None or module not in attachment.modules:
-        raise ValueError("the shard is of another ContextParallel than the one that the model is attached to")
+        raise ValueError(f"the shard is of another ContextParallel than the model is attached to; {CALL}")
     layer = module.layer_idx
     if attachment.layers.setdefault(layer, module) is not module:
         raise NotImplementedError(f"two attention modules of one layer, {layer}; {SUPPORTED}")
@@ -298,9 +308,6 @@ def _unsupported(model: nn.Module) -> Iterator[str]:
     if not numbered.issuperset(range(config.num_hidden_layers)):
         yield "attention modules without layer_idx"
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [getattr(module, "rope_type", None) for module in modules]  # a name, or names by layer type
-    names = {x for kind in kinds for x in (kind.values() if isinstance(kind, dict) else [kind])}
-    names |= {x.get("rope_type") for x in (parameters, *parameters.values()) if isinstance(x, dict)}
-    for name in ("dynamic", "longrope"):
-        if name in names:
-            yield f"{name} rotary frequencies, which depend on the longest position that a rank holds"
+    asked = {x.get("rope_type") for x in (parameters, *parameters.values()) if isinstance(x, dict)}
+    for name in sorted(asked - {None} - STATIC - set().union(*map(rope_types, modules))):
+        yield f"{name} rotary frequencies in a module without rope_type"

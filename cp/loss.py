@@ -25,7 +25,10 @@ def token_loss_sum(
     """
     rows, targets = hidden.flatten(0, 1), labels.flatten()
     if rows.shape[0] != targets.shape[0]:
-        raise ValueError(f"output has {rows.shape[0]} tokens, the shard has {targets.shape[0]} labels")
+        raise ValueError(
+            f"output has {rows.shape[0]} tokens, the shard has {targets.shape[0]} labels; pass "
+            "what the model returned for this shard"
+        )
     size = rows.shape[0] if head is None else max(1, CHUNK // vocab)
     total = hidden.new_zeros((), dtype=_precision(hidden))
     for part, target in zip(rows.split(size), targets.split(size), strict=True):

@@ -8,7 +8,6 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .threads import ThreadTransport
 from .transport import Alone, Distributed, Transport
 
 
@@ -34,7 +33,7 @@ def connect(
     """
     if mesh is None:
         return Groups(Alone(), Alone())
-    if isinstance(mesh, Alone | ThreadTransport | Distributed):
+    if isinstance(mesh, Transport):
         return Groups(mesh, mesh)
     if not isinstance(mesh, DeviceMesh):
         raise ValueError(f"mesh is a {type(mesh).__name__}; give a DeviceMesh, or None for one process")
@@ -48,21 +47,20 @@ def connect(
         )
     if set(axes) & set(data_axes):
         raise ValueError(f"axes {axes} and data_axes {data_axes} overlap; an axis has one use")
-    patience = timedelta(seconds=timeout)
-    ring = _transport(mesh, axes, ("keys", "grads", "control"), patience)
-    everyone = _transport(mesh, (*data_axes, *axes), ("control",), patience) if data_axes else ring
+    ring = _transport(mesh, axes, ("keys", "grads", "control", "headers"), timeout)
+    everyone = _transport(mesh, (*data_axes, *axes), ("control", "headers"), timeout) if data_axes else ring
     return Groups(ring, everyone)
 
 
 def _transport(
-    mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...], timeout: timedelta
+    mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...], timeout: float
 ) -> Transport:
     """The group of all ranks that differ from this one in the given axes only, in mesh order."""
     names = mesh.mesh_dim_names
     order = [names.index(axis) for axis in axes]
     others = [dim for dim in range(mesh.mesh.dim()) if dim not in order]
     table = mesh.mesh.permute(*others, *order).reshape(-1, *[mesh.mesh.shape[d] for d in order])
-    me = dist.get_rank()
+    me, patience = dist.get_rank(), timedelta(seconds=timeout)
     whole_job = mesh.mesh.numel() == dist.get_world_size()
     mine = None
     for ranks in table.flatten(1).tolist():
@@ -71,11 +69,11 @@ def _transport(
         elif me in ranks or (whole_job and len(ranks) > 1):
             # Ranks outside of a smaller mesh do not call this, so only members may be waited for.
             groups = {
-                channel: dist.new_group(ranks, timeout=timeout, use_local_synchronization=not whole_job)
+                channel: dist.new_group(ranks, timeout=patience, use_local_synchronization=not whole_job)
                 for channel in channels
             }
             if me in ranks:
-                mine = Distributed(ranks.index(me), tuple(ranks), groups)
+                mine = Distributed(ranks.index(me), tuple(ranks), groups, timeout)
     if mine is None:
-        raise ValueError(f"rank {me} is not in the mesh {mesh}")
+        raise ValueError(f"rank {me} is not in the mesh {mesh}; make ContextParallel on its ranks only")
     return mine

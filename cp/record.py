@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..balance import Statistics, step_imbalance, worker_imbalance
 from ..kernels.bound import BoundPlan
 from ..kernels.geometry import EMPTY, Geometry
+from .link import Waits
 from .transport import Transport
 
 
@@ -23,6 +25,8 @@ class Record:
     work: float64 [R + 1], tiles against each source and column work, mean over heads.
     vector: int64 [4, num_blocks], the planner's statistics in units of heads (and tokens for columns).
     covered: chosen tiles each time the layer ran, recomputation included.
+    keys: what count_keys returned each time the layer ran, recomputation included; first steps only.
+    waits: for messages of other ranks, in all layers.
     """
 
     heads: int = 0
@@ -30,8 +34,10 @@ class Record:
     work: dict = field(default_factory=dict)
     recall: dict = field(default_factory=dict)
     covered: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
     bytes: Counter = field(default_factory=Counter)
     vector: Tensor | None = None
+    waits: Waits = field(default_factory=Waits)
 
     def add(self, layer, bound: BoundPlan, heads: int) -> None:
         """Counts a new plan of a layer with `heads` query heads."""
@@ -82,6 +88,11 @@ class Record:
         recall = {layer: float(value) for layer, value in self.recall.items()}
         moved = torch.tensor([self.bytes[c] for c in _CHANNELS], dtype=torch.int64)
         moved = transport.all_gather(moved.to(elements.device)).sum(0).tolist()
+        keys = {layer: torch.stack(runs).sum(0)[:2] for layer, runs in self.keys.items()}
+        for total in keys.values():
+            transport.all_reduce(total).wait()
+        waits = torch.tensor(self.waits.seconds(), dtype=torch.float64)
+        waited, elapsed = transport.all_gather(waits.to(elements.device)).cpu().T
         return Report(
             layout=layout.name,
             exchange=exchange,
@@ -94,6 +105,9 @@ class Record:
             step_imbalance=step_imbalance(by_step),
             work=by_step,
             bytes_moved=dict(zip(_CHANNELS, moved, strict=True)),
+            waited=tuple(waited.tolist()),
+            straggler=find_straggler(waited.tolist(), float(elapsed.max()), transport.ranks),
+            keys_by_layer={layer: tuple(total.tolist()) for layer, total in keys.items()},
         )
 
 
@@ -108,6 +122,10 @@ class Report:
     the attention mass that the plans hold, of sampled queries, or None where not sampled this step.
     work: float64 [W, W + 1], tiles of each rank in each ring step, column work last, summed over layers.
     bytes_moved: by traffic class, over all ranks and layers, forward and backward.
+    waited: seconds that each rank of the group waited for messages of others in attention; on CUDA, that
+    its stream did. straggler: global rank that the others waited for, if there is one.
+    keys_by_layer: (pairs that queries saw, pairs that plans promised) summed over the times that the layer
+    ran, recomputation included; in the first steps only.
     """
 
     layout: str
@@ -121,16 +139,33 @@ class Report:
     step_imbalance: float
     work: np.ndarray
     bytes_moved: dict[str, int]
+    waited: tuple[float, ...] = field(compare=False)
+    straggler: int | None = field(compare=False)
+    keys_by_layer: dict[Hashable, tuple[int, int]]
 
     def __str__(self) -> str:
+        keys = ""
+        if self.keys_by_layer:
+            seen, promised = (sum(x) for x in zip(*self.keys_by_layer.values(), strict=True))
+            keys = f"\nkeys seen by queries: {seen} of {promised} promised, in all layers and ranks"
         recall = "not sampled" if self.recall is None else f"{self.recall:.4f}"
+        mean = sum(self.waited) / len(self.waited)
+        late = "" if self.straggler is None else f": the others waited for rank {self.straggler}"
         moved = ", ".join(f"{name} {count / 2**20:.1f}" for name, count in self.bytes_moved.items())
         return (
             f"layout {self.layout}, exchange {self.exchange}\n"
             f"density {self.density:.4f} (tiles {self.density_tiles:.4f}), recall {recall}\n"
             f"imbalance: worker {self.worker_imbalance:.3f}, step {self.step_imbalance:.3f} (max / mean)\n"
-            f"MiB moved: {moved}"
+            f"MiB moved: {moved}\n"
+            f"waited for other ranks: {mean:.2f} s on average, {min(self.waited):.2f} s at least{late}{keys}"
         )
+
+
+def find_straggler(waited: list[float], elapsed: float, ranks: tuple[int, ...]) -> int | None:
+    """The rank that all others waited for: it waited least, by more than a tenth of the time of the step."""
+    least = min(range(len(waited)), key=waited.__getitem__)
+    others = (sum(waited) - waited[least]) / max(1, len(waited) - 1)
+    return ranks[least] if others - waited[least] > 0.1 * elapsed else None
 
 
 def _statistics(chosen: Tensor, columns: Tensor, geometry: Geometry, heads: int) -> Tensor:

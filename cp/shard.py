@@ -15,7 +15,9 @@ from ..kernels.geometry import Geometry
 from ..kernels.patterns.base import make_plan
 from ..kernels.plan import Plan
 from .attention import Ring
+from .errors import Place
 from .estimate import combine_over
+from .link import Link, Waits
 from .record import Record
 from .transport import Transport
 
@@ -31,6 +33,7 @@ class Shard:
     tensors: input_ids [B, S'] or inputs_embeds [B, S', E], and position_ids [B, S'].
     labels: int64 [B, S'], shifted before sharding, or None. S' is this rank's share of the padded length.
     tokens: number of labels with a loss in this batch, over all data and context-parallel ranks.
+    last_position: int64 [], the largest position id of the whole batch.
     length: tokens a row before padding. layout, decision: who holds what, and why.
     plans: logical plans by layer, made in the first forward and used by recomputation and backward.
 
@@ -51,15 +54,17 @@ class Shard:
         tokens: int,
         replayed: dict[Hashable, Plan] | None = None,
         sample_recall: bool = False,
+        count_keys: bool = False,
     ):
         self.cp, self.step, self.transport = cp, step, transport
         self.layout, self.decision = layout, decision
         self.geometry, self.length = geometry, length
         self.labels, self.tokens = labels, tokens
-        self.replayed, self.sample_recall = replayed, sample_recall
+        self.replayed, self.sample_recall, self.count_keys = replayed, sample_recall, count_keys
         self.tensors: dict[str, Tensor] = {}
+        self.last_position: Tensor | None = None
         self.plans: dict[Hashable, Plan] = {}
-        self.record = Record()
+        self.record = Record(waits=Waits(geometry.device))
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -76,24 +81,32 @@ class Shard:
         new = layer not in self.plans
         if new and self.replayed is not None:
             if layer not in self.replayed:
-                raise ValueError(f"replay has no plan for layer {layer!r}, only for {list(self.replayed)}")
+                raise ValueError(
+                    f"replay has no plan for layer {layer!r}, only for {list(self.replayed)}; "
+                    "use plans of the same model"
+                )
             self.plans[layer] = self.replayed[layer].rows(self.geometry)
         elif new:
             pattern = self.cp.pattern_of(layer)
-            combine = combine_over(self.transport)
+            combine = combine_over(self.link("plan", layer))
             self.plans[layer] = make_plan(pattern, q, k, v, self.geometry, scale, combine)
         bound = bind(self.plans[layer], self.layout.assignment)
         if new:
             self.record.add(layer, bound, q.shape[1])
         return bound
 
-    def ring(self, layer: Hashable, steps) -> Ring:
-        """The surroundings of one attention call."""
-        header = None
-        if self.cp.debug:
-            header = (self.step, stable_hash(layer), self.layout.digest())
-        schedule = self.cp.schedule(self.transport)
-        return Ring(self.transport, schedule, steps, header, self.record.bytes)
+    def ring(self, layer: Hashable, steps, first: bool = False) -> Ring:
+        """The surroundings of one attention call. first: ranks agree at the beginning of its backward."""
+        link = self.link("forward", layer, first)
+        return Ring(link, self.cp.schedule(self.transport), steps, self.record.bytes)
+
+    def link(self, phase: str, layer: Hashable, entry: bool = False) -> Link:
+        """The transport as a call in this phase of this layer sees it."""
+        header: dict[str, object] = {"layout": self.layout.digest()}
+        if self.cp.debug and layer in self.plans:
+            header["plan"] = _common(self.plans[layer])
+        place = Place(self.step, layer, phase)
+        return Link(self.transport, place, header, self.cp.debug, entry, self.record.waits)
 
 
 def full_plans(shard: Shard) -> dict[Hashable, Plan]:
@@ -124,6 +137,8 @@ def full_plans(shard: Shard) -> dict[Hashable, Plan]:
     }
 
 
-def stable_hash(name: Hashable) -> int:
-    """An integer that is equal in every process, which hash() of a string is not."""
-    return zlib.crc32(repr(name).encode())
+def _common(plan: Plan) -> str:
+    """What must be equal in the plans of all ranks: heads, blocks, columns. Synchronises."""
+    columns = b"" if plan.columns is None else plan.columns.cpu().contiguous().numpy().tobytes()
+    blocks = f"{plan.geometry.num_blocks} blocks of {plan.geometry.block_size}"
+    return f"{plan.mask_heads} heads, {blocks}, columns {zlib.crc32(columns):08x}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,40 +17,41 @@ Result = TypeVar("Result")
 
 
 class _Hub:
-    """Where the threads of one group leave messages for each other."""
+    """Where the threads of one group leave messages for each other. Keys end with the rank that takes."""
 
     def __init__(self, size: int, timeout: float):
         self.size, self.timeout = size, timeout
-        self.changed = threading.Condition()
+        lock = threading.Lock()
+        self.arrived = [threading.Condition(lock) for _ in range(size)]  # each rank is woken for its own only
         self.boxes: dict[Any, list] = defaultdict(list)
-        self.failure: BaseException | None = None
+        self.failure: tuple[int, BaseException] | None = None  # of the first rank that failed
 
     def put(self, key: Any, value: Any) -> None:
-        with self.changed:
+        arrived = self.arrived[key[-1]]
+        with arrived:
             self.boxes[key].append(value)
-            self.changed.notify_all()
+            arrived.notify_all()
 
-    def take(self, key: Any) -> Any:
-        """The oldest message under the key, waiting for it."""
-        self._wait(lambda: self.boxes[key], key)
-        with self.changed:
+    def take(self, key: Any, what: str, rank: int, peer: int) -> Any:
+        """The oldest message under the key, waiting for it. what, rank, peer: for the error."""
+        arrived = self.arrived[key[-1]]
+        with arrived:
+            arrived.wait_for(lambda: self.boxes[key] or self.failure, self.timeout)
+            if not self.boxes[key]:
+                why = f"within {self.timeout:g} s"
+                if self.failure is not None:
+                    why = f"as rank {self.failure[0]} failed: {self.failure[1]!r}"
+                raise RingTimeoutError(f"{what} {why}", rank=rank, peer=peer)
             message = self.boxes[key].pop(0)
             if not self.boxes[key]:
                 del self.boxes[key]
             return message
 
-    def fail(self, error: BaseException) -> None:
-        with self.changed:
-            self.failure = self.failure or error
-            self.changed.notify_all()
-
-    def _wait(self, ready: Callable[[], Any], what: Any) -> None:
-        with self.changed:
-            done = self.changed.wait_for(lambda: self.failure or ready(), self.timeout)
-            if self.failure is not None:
-                raise RingTimeoutError(f"another rank failed: {self.failure!r}")
-            if not done:
-                raise RingTimeoutError(f"nothing arrived for {what} within {self.timeout} s")
+    def fail(self, rank: int, error: BaseException) -> None:
+        with self.arrived[rank]:
+            self.failure = self.failure or (rank, error)
+            for arrived in self.arrived:
+                arrived.notify_all()
 
 
 class ThreadTransport:
@@ -58,25 +59,23 @@ class ThreadTransport:
 
     def __init__(self, rank: int, hub: _Hub):
         self.rank, self.size, self._hub = rank, hub.size, hub
-        self._calls = 0  # collectives are matched by their place in program order
+        self.ranks = tuple(range(hub.size))
+        self._calls: Counter[str] = Counter()  # collectives are matched by their place in program order
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
         self._hub.put((channel, self.rank, send_to), [x.detach().clone() for x in send])
 
         def finish():
-            arrived = self._hub.take((channel, recv_from, self.rank))
+            what = f"no {channel} from rank {recv_from}"
+            arrived = self._hub.take((channel, recv_from, self.rank), what, self.rank, recv_from)
+            self._same(receive, arrived, recv_from)
             for target, x in zip(receive, arrived, strict=True):
-                if target.shape != x.shape or target.dtype != x.dtype:
-                    raise RingDesyncError(
-                        f"rank {self.rank} expected {tuple(target.shape)} {target.dtype} from rank "
-                        f"{recv_from}, which sent {tuple(x.shape)} {x.dtype}"
-                    )
                 target.copy_(x)
 
         return Pending(finish)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
-        collect = self._collect(x)
+        collect = self._collect(x, "control")
 
         def finish():
             parts = torch.stack(collect())
@@ -84,15 +83,33 @@ class ThreadTransport:
 
         return Pending(finish)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self._collect(x)())
+    def all_gather(self, x: Tensor, channel: str = "control") -> Tensor:
+        return torch.stack(self._collect(x, channel)())
 
-    def _collect(self, x: Tensor) -> Callable[[], list[Tensor]]:
-        call, self._calls = self._calls, self._calls + 1
-        copy = x.detach().clone()
-        for rank in range(self.size):
-            self._hub.put(("collective", call, self.rank, rank), copy)
-        return lambda: [self._hub.take(("collective", call, rank, self.rank)) for rank in range(self.size)]
+    def _collect(self, x: Tensor, channel: str) -> Callable[[], list[Tensor]]:
+        self._calls[channel] += 1
+        call, copy = (channel, self._calls[channel]), x.detach().clone()
+        for rank in self.ranks:
+            self._hub.put((*call, self.rank, rank), copy)
+
+        def finish():
+            parts = []
+            for rank in self.ranks:
+                what = f"nothing from rank {rank} for a collective over ranks {self.ranks}"
+                parts.append(self._hub.take((*call, rank, self.rank), what, self.rank, rank))
+                self._same([copy], parts[-1:], rank)
+            return parts
+
+        return finish
+
+    def _same(self, wanted: list[Tensor], arrived: list[Tensor], source: int) -> None:
+        shapes = [[f"{tuple(x.shape)} {x.dtype}" for x in tensors] for tensors in (wanted, arrived)]
+        if shapes[0] != shapes[1]:
+            raise RingDesyncError(
+                f"expected {', '.join(shapes[0])} from rank {source}, which sent {', '.join(shapes[1])}",
+                rank=self.rank,
+                peer=source,
+            )
 
 
 def run(world: int, body: Callable[[Transport], Result], timeout: float = 120.0) -> list[Result]:
@@ -108,7 +125,7 @@ def run(world: int, body: Callable[[Transport], Result], timeout: float = 120.0)
         try:
             results[rank] = body(ThreadTransport(rank, hub))
         except BaseException as error:  # noqa: BLE001 - reported by the caller's thread
-            hub.fail(error)
+            hub.fail(rank, error)
 
     threads = [threading.Thread(target=rank_body, args=(rank,), daemon=True) for rank in range(world)]
     for thread in threads:
@@ -116,5 +133,5 @@ def run(world: int, body: Callable[[Transport], Result], timeout: float = 120.0)
     for thread in threads:
         thread.join()
     if hub.failure is not None:
-        raise hub.failure
+        raise hub.failure[1]
     return results

@@ -1,16 +1,17 @@
 """Transports: how tensors move between the ranks of one group.
 
 One small protocol. Ranks are places in the group (0 .. size - 1). Traffic of different channels ("keys",
-"grads") never waits for each other. `Distributed` uses torch.distributed (gloo, NCCL), `threads.py` has
-the in-process form, `Alone` is a group of one.
+"grads", "control", "headers") never waits for each other. `Distributed` uses torch.distributed (gloo,
+NCCL), `threads.py` has the in-process form, `Alone` is a group of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,9 @@ from .errors import RingDesyncError, RingTimeoutError
 
 # torch 2.13 renames the tensor form of all_gather and deprecates the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_LOST = ("timed out", "timeout", "monitoredbarrier", "connection", "broken pipe")  # how backends say it
+_LATE = ("timed out", "timeout", "monitoredbarrier")  # how backends say that a peer is late
+_GONE = ("connection", "broken pipe", "socket")  # or gone
+HEADER = 1024  # bytes of every header: whatever two ranks are about to do, their headers can be compared
 
 
 @dataclass
@@ -35,11 +38,13 @@ class Pending:
         self.holds = ()
 
 
+@runtime_checkable
 class Transport(Protocol):
-    """A group of ranks as one of them sees it."""
+    """A group of ranks as one of them sees it. ranks: the global rank of each place."""
 
     rank: int
     size: int
+    ranks: tuple[int, ...]
 
     def exchange(
         self, send: list[Tensor], send_to: int, receive: list[Tensor], recv_from: int, channel: str
@@ -49,7 +54,7 @@ class Transport(Protocol):
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         """Combines contiguous x over the group in place. op: "sum" or "max"."""
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, channel: str = "control") -> Tensor:
         """[size, *x.shape], equal shapes on all ranks; returns when done."""
 
 
@@ -59,6 +64,7 @@ class Alone:
 
     rank: int = 0
     size: int = 1
+    ranks: tuple[int, ...] = (0,)
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
         raise AssertionError("a group of one has nobody to exchange with")
@@ -66,7 +72,7 @@ class Alone:
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         return Pending(lambda: None)
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, channel: str = "control") -> Tensor:
         return x[None].clone()
 
 
@@ -74,12 +80,13 @@ class Alone:
 class Distributed:
     """A group of torch.distributed; every channel has a communicator of its own.
 
-    ranks: global ranks in group order. groups: process group of each channel and of "control".
+    ranks: global ranks in group order. groups: the process group of each channel. timeout: theirs, seconds.
     """
 
     rank: int
     ranks: tuple[int, ...]
     groups: dict[str, dist.ProcessGroup]
+    timeout: float
 
     @property
     def size(self) -> int:
@@ -87,25 +94,27 @@ class Distributed:
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
         group, to, source = self.groups[channel], self.ranks[send_to], self.ranks[recv_from]
-        what = f"{channel} from rank {source}, to rank {to}"
-        operations = [dist.P2POp(dist.isend, x, to, group) for x in send]
-        operations += [dist.P2POp(dist.irecv, x, source, group) for x in receive]
-        with self._typed(what):
+        operations = [dist.P2POp(dist.irecv, x, source, group) for x in receive]
+        operations += [dist.P2POp(dist.isend, x, to, group) for x in send]
+        both = source if source == to else None
+        with self._typed(f"{channel} not exchanged with ranks {source} and {to}", both):
             works = dist.batch_isend_irecv(operations)
+        what = [(f"no {channel} from rank {source}", source)] * len(receive)
+        what += [(f"{channel} not taken by rank {to}", to)] * len(send)
         return self._pending(works, (*send, *receive), what)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        what = f"all-reduce over ranks {self.ranks}"
-        with self._typed(what):
+        what = (f"no all-reduce over ranks {self.ranks}", None)
+        with self._typed(*what):
             work = dist.all_reduce(x, operation, group=self.groups["control"], async_op=True)
-        return self._pending([work], (x,), what)
+        return self._pending([work], (x,), [what])
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        out, what = x.new_empty(self.size, *x.shape), f"all-gather over ranks {self.ranks}"
-        with self._typed(what):
-            work = _all_gather(out.view(-1), x.reshape(-1), group=self.groups["control"], async_op=True)
-        self._pending([work], (x,), what).wait()
+    def all_gather(self, x: Tensor, channel: str = "control") -> Tensor:
+        out, what = x.new_empty(self.size, *x.shape), (f"no all-gather over ranks {self.ranks}", None)
+        with self._typed(*what):
+            work = _all_gather(out.view(-1), x.reshape(-1), group=self.groups[channel], async_op=True)
+        self._pending([work], (x,), [what]).wait()
         if self.ranks == tuple(sorted(self.ranks)):
             return out
         # torch.distributed sorts the ranks of a group; the mesh may have them in another order.
@@ -116,29 +125,55 @@ class Distributed:
         for group in self.groups.values():
             dist.destroy_process_group(group)
 
-    def _pending(self, works, tensors, what: str) -> Pending:
+    def _pending(self, works, tensors, what: list[tuple[str, int | None]]) -> Pending:
         def finish():
-            with self._typed(what):
-                for work in works:
+            for work, (text, peer) in zip(works, what, strict=False):  # NCCL has one work for a batch
+                with self._typed(text, peer):
                     work.wait()
 
         return Pending(finish, tensors)
 
     @contextmanager
-    def _typed(self, what: str) -> Iterator[None]:
+    def _typed(self, what: str, peer: int | None) -> Iterator[None]:
         """A peer that is late or gone raises RingTimeoutError, which says who waited and for what."""
         try:
             yield
         except RuntimeError as error:
-            if any(sign in str(error).lower() for sign in _LOST):
-                raise RingTimeoutError(f"rank {self.ranks[self.rank]}: {what}: {error}") from error
-            raise
+            if not (late(error) or gone(error)):
+                raise
+            why = f"within {self.timeout:g} s" if late(error) else "before the connection was lost"
+            mine = self.ranks[self.rank]
+            raise RingTimeoutError(f"{what} {why} ({error})", rank=mine, peer=peer) from error
 
 
-def agree(transport: Transport, names: tuple[str, ...], values: list[int], device) -> None:
-    """Raises RingDesyncError, on every rank, unless all ranks hold the same integers."""
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    table = transport.all_gather(mine).cpu()
-    for name, column in zip(names, table.T.tolist(), strict=True):
-        if len(set(column)) > 1:
-            raise RingDesyncError(f"ranks disagree on {name}: {column} on ranks 0 to {len(column) - 1}")
+def late(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed, or one of ours, says that a peer did not answer in time."""
+    return any(sign in str(error).lower() for sign in _LATE)
+
+
+def gone(error: RuntimeError) -> bool:
+    """Whether it says that a peer has closed its connection."""
+    return not late(error) and any(sign in str(error).lower() for sign in _GONE)
+
+
+def agree(transport: Transport, header: Mapping[str, object], device) -> None:
+    """Raises RingDesyncError, on every rank, unless all ranks hold the same header.
+
+    header: names and values, compared as text. Headers have one size and a channel of their own, so ranks
+    that are in different places of the program find out as well. Synchronises.
+    """
+    text = "\n".join(f"{name}={value}" for name, value in header.items()).encode("ascii", "backslashreplace")
+    if len(text) > HEADER:
+        text = text[: HEADER - 9] + b"\n%08x" % zlib.crc32(text)
+    mine = torch.frombuffer(bytearray(text.ljust(HEADER, b"\0")), dtype=torch.uint8)
+    table = transport.all_gather(mine.to(device), "headers").cpu()
+    if torch.equal(table, table[:1].expand_as(table)):
+        return
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode() for row in table]
+    headers = [dict(line.partition("=")[::2] for line in each.split("\n")) for each in texts]
+    names = dict.fromkeys(name for each in headers for name in each)
+    differing = [name for name in names if len({each.get(name) for each in headers}) > 1]
+    holders = {each: [r for r, other in enumerate(texts) if other == each] for each in texts}
+    lines = [f"  ranks {ranks}: {each.replace(chr(10), ', ')}" for each, ranks in holders.items()]
+    mine = transport.ranks[transport.rank]
+    raise RingDesyncError(f"ranks disagree on {', '.join(differing)}\n" + "\n".join(lines), rank=mine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+from numbers import Real
 from types import ModuleType
 
 import torch
@@ -36,9 +37,14 @@ def attend(
     deterministic: bit-identical results from run to run; every present implementation is.
     Returns out like q and the natural-log normaliser lse [B, H, S] (fp32, fp64 for fp64 inputs), both
     differentiable. A query that sees nothing gives out 0, lse -inf and gradient 0.
-    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError for value heads
-    of another width than key heads.
+    Raises ValueError for shapes, dtypes or devices that do not fit, TypeError for what is no tensor or
+    plan, NotImplementedError for value heads of another width than key heads. Values are not looked at:
+    NaN and infinities in q, k or v spread to the queries of all chosen tiles that hold them.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}; make a Plan, by Plan.build or by make_plan of a pattern"
+        )
     geometry = plan.geometry
     check_inputs(q, k, v, geometry)
     check_mask_heads(plan, q.shape[1], k.shape[1])
@@ -55,7 +61,7 @@ def attend(
         )
     pad = (0, 0, 0, geometry.num_tokens - length)
     q, k, v = (torch.nn.functional.pad(x, pad) if pad[3] else x.contiguous() for x in (q, k, v))
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = check_scale(scale, q.shape[3])
     bound = bind(plan, (geometry.blocks,))
     out, lse = _Attend.apply(q, k, v, bound, scale, steps(impl, q))
     return out[:, :, :length], lse[:, :, :length]
@@ -113,14 +119,35 @@ def steps(impl: str, x: Tensor) -> ModuleType:
     """The module that computes ring steps on tensors like x: see reference.py for the four functions."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    has_triton = impl != "reference" and importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        has_triton = importlib.util.find_spec("triton") is not None
         impl = "triton" if x.is_cuda and has_triton and x.dtype != torch.float64 else "reference"
+    if impl == "triton" and not has_triton:
+        raise ImportError(
+            "impl 'triton' needs the package triton, which is not installed; "
+            "pip install 'triton>=3.6', or use impl='auto' or 'reference'"
+        )
     return importlib.import_module(f".{impl}" if impl == "reference" else ".triton_steps", __package__)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale of scores, 1 / sqrt(head_dim) by default. ValueError unless it is a finite number."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; use a finite number, or None for 1 / sqrt({head_dim})")
+    return float(scale)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> None:
     """Shapes, dtypes and devices of q, k, v against each other and the geometry."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}; use a tensor [batch, heads, sequence, head_dim]"
+            )
+        if x.layout != torch.strided or x.is_nested:
+            raise NotImplementedError(f"{name} is a nested or sparse tensor; only dense tensors")
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(
             f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dims; all must be "
@@ -133,12 +160,17 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> None:
     expected = (q.shape[0], k.shape[1], q.shape[2], q.shape[3])
     if tuple(k.shape) != expected or v.shape != k.shape:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: batch, sequence and "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; batch, sequence and "
             "head dim must agree"
         )
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{heads} query heads are not divisible by {kv_heads} key heads")
+    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    if head_dim < 1:
+        raise ValueError("head dim is 0; it needs at least 1 element")
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"{heads} query heads are not divisible by {kv_heads} key heads; every key head serves the "
+            "same number of query heads, at least one"
+        )
     if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point or q.dtype.itemsize < 2:
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; all must be one of fp16, bf16, fp32, fp64"
@@ -148,7 +180,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> None:
             f"q, k, v, geometry are on {q.device}, {k.device}, {v.device}, {geometry.device}; use one device"
         )
     if q.shape[0] != geometry.batch:
-        raise ValueError(f"batch {q.shape[0]} of q differs from batch {geometry.batch} of the plan")
+        raise ValueError(
+            f"batch {q.shape[0]} of q differs from batch {geometry.batch} of the plan; plan the same batch"
+        )
 
 
 def check_mask_heads(plan: Plan, heads: int, kv_heads: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class Geometry:
     prefix_lo: Tensor | None = None
     prefix_hi: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_batch(self.batch)
+        check_documents(self.documents, self.batch, self.num_tokens)
+        wrong = [b for b in self.blocks if not isinstance(b, int) or not 0 <= b < self.num_blocks]
+        if wrong or len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(
+                f"blocks hold {len(self.blocks)} ids, {len(set(self.blocks))} of them different, "
+                f"{len(wrong)} of them wrong (first: {wrong[:4]}); use different int ids of the "
+                f"{self.num_blocks} blocks 0..{self.num_blocks - 1}, in any order"
+            )
+
     @staticmethod
     def causal(
         batch: int,
@@ -52,8 +64,9 @@ class Geometry:
         device: torch.device | str = "cpu",
     ) -> Geometry:
         """Causal attention inside each document; one document of `length` tokens by default."""
+        check_batch(batch)
         check_length(length, block_size)
-        documents = documents or (((0, length),),) * batch
+        documents = (((0, length),),) * batch if documents is None else documents
         check_documents(documents, batch, length)
         lo = torch.full((batch, length), length, dtype=torch.int32)
         hi = torch.full((batch, length), -1, dtype=torch.int32)
@@ -74,11 +87,16 @@ class Geometry:
         documents: Documents | None = None,
         blocks: tuple[int, ...] | None = None,
     ) -> Geometry:
-        """Geometry of any mask given as inclusive int intervals [B, S]; pads S up to whole blocks."""
-        if lo.shape != hi.shape or lo.dim() != 2:
-            raise ValueError(f"lo and hi must both be [batch, length], got {lo.shape}, {hi.shape}")
+        """Geometry of any mask given as inclusive int intervals [B, S]; pads S up to whole blocks.
+
+        Intervals may reach beyond the tokens; one with lo > hi is empty.
+        """
+        bounds = (lo, hi, *(prefix or ()))
+        check_intervals(bounds)
         batch, length = lo.shape
         check_length(length, block_size)
+        documents = (((0, length),),) * batch if documents is None else documents
+        check_documents(documents, batch, length)
         num_tokens = -(-length // block_size) * block_size
         lo, hi = _normalise(lo, hi, num_tokens)
         prefix_lo = prefix_hi = None
@@ -90,7 +108,7 @@ class Geometry:
         return Geometry(
             block_size=block_size,
             num_tokens=num_tokens,
-            documents=documents or (((0, length),),) * batch,
+            documents=documents,
             lo=lo,
             hi=hi,
             blocks=tuple(range(num_tokens // block_size)) if blocks is None else tuple(blocks),
@@ -104,6 +122,11 @@ class Geometry:
 
     def pad_to(self, num_tokens: int) -> Geometry:
         """The same mask with padding at the end up to num_tokens; all blocks are held."""
+        if num_tokens < self.num_tokens or num_tokens % self.block_size:
+            raise ValueError(
+                f"cannot pad {self.num_tokens} tokens to {num_tokens}; use a multiple of the block size "
+                f"{self.block_size} that is not smaller"
+            )
         tail = (0, num_tokens - self.num_tokens)
         pad = torch.nn.functional.pad
         bounds = {
@@ -216,12 +239,34 @@ def _normalise(lo: Tensor, hi: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]
     return pad(lo, tail, value=num_tokens), pad(hi, tail, value=-1)
 
 
+def check_batch(batch: int) -> None:
+    """ValueError unless there is at least one row."""
+    if not isinstance(batch, Integral) or batch < 1:
+        raise ValueError(f"batch size is {batch}; it needs at least 1 row")
+
+
 def check_length(length: int, block_size: int) -> None:
     """ValueError unless there is at least one token and the block size is a power of two >= 16."""
-    if length < 1:
+    if not isinstance(length, Integral) or length < 1:
         raise ValueError(f"sequence length is {length}; attention needs at least 1 token")
-    if block_size < 16 or block_size & (block_size - 1):
+    if not isinstance(block_size, Integral) or block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size {block_size} must be a power of two of at least 16; use 128")
+
+
+def check_intervals(bounds: tuple[Tensor, ...]) -> None:
+    """ValueError unless all are integer tensors [batch, length] of one shape on one device."""
+    if not all(isinstance(x, Tensor) for x in bounds):
+        raise TypeError(f"lo, hi, prefix are {[type(x).__name__ for x in bounds]}; use int32 tensors")
+    shapes, dtypes, devices = ([getattr(x, n) for x in bounds] for n in ("shape", "dtype", "device"))
+    if len(bounds) not in (2, 4) or len(set(shapes)) > 1 or bounds[0].dim() != 2:
+        raise ValueError(
+            f"lo, hi and prefix (lo, hi) have shapes {list(map(tuple, shapes))}; all must be the same "
+            "[batch, length]"
+        )
+    if not set(dtypes) <= {torch.int32, torch.int64}:
+        raise ValueError(f"lo, hi, prefix are {dtypes}; use token positions of torch.int32 or torch.int64")
+    if len(set(devices)) > 1:
+        raise ValueError(f"lo, hi, prefix are on {devices}; use one device")
 
 
 def check_documents(documents: Documents, batch: int, length: int) -> None:
@@ -231,9 +276,10 @@ def check_documents(documents: Documents, batch: int, length: int) -> None:
     for row, ranges in enumerate(documents):
         last = 0
         for start, end in ranges:
-            if not last <= start < end <= length:
+            whole = isinstance(start, Integral) and isinstance(end, Integral)
+            if not whole or not last <= start < end <= length:
                 raise ValueError(
                     f"document ({start}, {end}) of row {row} is empty, overlaps or leaves the {length} "
-                    "tokens; documents are ascending (start, end) ranges with start < end"
+                    "tokens; documents are ascending (start, end) ranges of whole numbers with start < end"
                 )
             last = end

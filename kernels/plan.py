@@ -15,6 +15,7 @@ from torch import Tensor
 from .geometry import EMPTY, Geometry
 
 WORD = 32  # tiles per int32 word of the bitmask
+INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,33 @@ class Plan:
     columns: int32 [B, Hc, groups, C] ascending unique token positions, padded with num_tokens, or None.
     column_group: int32 [held blocks], the column group of each query block, or None (one group).
     Mask heads Hm and Hc are 1, the number of key heads, or the number of query heads.
+
+    Raises ValueError for other shapes, dtypes or devices and, where the tensors lie on the CPU, for
+    entries that break these rules. On a GPU entries are not looked at: that would wait for the device.
     """
 
     geometry: Geometry
     tiles: Tensor
     columns: Tensor | None = None
     column_group: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        geometry, words = self.geometry, -(-self.geometry.num_blocks // WORD)
+        held = {"held blocks": len(geometry.blocks)}
+        rows = {"batch": geometry.batch, "mask heads": None}
+        check_tensor("tiles", self.tiles, (torch.int32,), rows | held | {"words": words}, geometry)
+        if self.columns is not None:
+            dims = rows | {"groups": None, "columns": None}
+            check_tensor("columns", self.columns, (torch.int32,), dims, geometry)
+        if self.column_group is not None:
+            check_tensor("column_group", self.column_group, INTEGERS, held, geometry)
+        if self.columns is not None and self.column_group is None and self.columns.shape[2] != 1:
+            raise ValueError(
+                f"columns have {self.columns.shape[2]} groups; say which of them each of the "
+                f"{len(geometry.blocks)} query blocks uses by column_group"
+            )
+        if geometry.device.type == "cpu":
+            check_entries(self)
 
     @staticmethod
     def build(
@@ -42,25 +64,21 @@ class Plan:
         """Plan from bool tiles [B, Hm, held blocks, num_blocks] and unordered columns.
 
         The diagonal tile is always added and invisible tiles are dropped. Duplicate columns count once;
-        positions outside [0, num_tokens) are ignored.
+        positions outside [0, num_tokens) stand for no column.
         """
-        expected = (geometry.batch, len(geometry.blocks), geometry.num_blocks)
-        if tiles.dim() != 4 or (tiles.shape[0], *tiles.shape[2:]) != expected:
-            raise ValueError(
-                f"tiles have shape {tuple(tiles.shape)}; this geometry needs [batch={expected[0]}, "
-                f"mask heads, held blocks={expected[1]}, key blocks={expected[2]}]"
-            )
+        held = {"held blocks": len(geometry.blocks)}
+        rows = {"batch": geometry.batch, "mask heads": None}
+        dims = rows | held | {"key blocks": geometry.num_blocks}
+        check_tensor("tiles", tiles, (torch.bool,), dims, geometry)
         diagonal = geometry.block_ids[:, None] == torch.arange(geometry.num_blocks, device=tiles.device)
         tiles = (tiles | diagonal) & (geometry.tile_class != EMPTY)[:, None]
         if columns is not None:
+            dims = rows | {"groups": None, "columns": None}
+            check_tensor("columns", columns, INTEGERS, dims, geometry)
             columns = _clean_columns(columns, geometry.num_tokens)
-            if column_group is None and columns.shape[2] != 1:
-                raise ValueError(
-                    f"columns have {columns.shape[2]} groups; say which of them each of the "
-                    f"{expected[1]} query blocks uses by column_group"
-                )
         if column_group is not None:
-            column_group = column_group.to(device=tiles.device, dtype=torch.int32)
+            check_tensor("column_group", column_group, INTEGERS, held, geometry)
+            column_group = column_group.int()
         return Plan(geometry, pack_bits(tiles), columns, column_group)
 
     @property
@@ -139,8 +157,7 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def _clean_columns(columns: Tensor, num_tokens: int) -> Tensor:
     """Sorted, without duplicates, padded with num_tokens at the end."""
-    columns = columns.int()
-    columns = columns.masked_fill((columns < 0) | (columns >= num_tokens), num_tokens)
+    columns = columns.masked_fill((columns < 0) | (columns >= num_tokens), num_tokens).int()
     columns = columns.sort(-1).values
     repeated = torch.zeros_like(columns, dtype=torch.bool)
     repeated[..., 1:] = columns[..., 1:] == columns[..., :-1]
@@ -175,3 +192,39 @@ def unpack_bits(words: Tensor, n: int) -> Tensor:
     """int32 [..., words] -> bool [..., n], the inverse of pack_bits."""
     shifts = torch.arange(WORD, device=words.device, dtype=torch.int32)
     return ((words[..., None] >> shifts) & 1).bool().flatten(-2)[..., :n]
+
+
+def check_tensor(
+    name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], dims: dict[str, int | None], geometry: Geometry
+) -> None:
+    """Type, shape (dims by name; None for any number), dtype and device of a part of a plan."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: a {type(x).__name__}; use a tensor of {dtypes[0]}")
+    sizes = zip(x.shape, dims.values(), strict=False)
+    if len(x.shape) != len(dims) or any(want not in (None, size) for size, want in sizes):
+        form = ", ".join(dim if want is None else f"{dim}={want}" for dim, want in dims.items())
+        raise ValueError(f"{name}: shape {tuple(x.shape)}; this geometry needs [{form}]")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name}: {x.dtype}; use {' or '.join(map(str, dtypes))}")
+    if x.device != geometry.device:
+        raise ValueError(f"{name}: on {x.device}, the geometry on {geometry.device}; use one device")
+
+
+def check_entries(plan: Plan) -> None:
+    """ValueError for entries that a kernel must not meet. Reads them; for plans on the CPU."""
+    geometry, columns, group = plan.geometry, plan.columns, plan.column_group
+    hidden = int((plan.tiles_bool() & (geometry.tile_class == EMPTY)[:, None]).sum())
+    if hidden:
+        raise ValueError(f"tiles: {hidden} chosen that no query may see; use Plan.build, which drops them")
+    if columns is not None and columns.numel():
+        low, high, end = int(columns.min()), int(columns.max()), geometry.num_tokens
+        if low < 0 or high > end:
+            raise ValueError(
+                f"columns: positions {low} to {high}; use 0 to {end - 1} and {end} for none, or Plan.build"
+            )
+        if bool(((columns[..., 1:] <= columns[..., :-1]) & (columns[..., 1:] < end)).any()):
+            raise ValueError("columns: not ascending and unique; use Plan.build, which sorts them")
+    if columns is not None and group is not None and len(group):
+        low, high, groups = int(group.min()), int(group.max()), columns.shape[2]
+        if low < 0 or high >= groups:
+            raise ValueError(f"column_group: {low} to {high}; columns have the groups 0 to {groups - 1}")

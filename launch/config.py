@@ -43,6 +43,7 @@ class TrainConfig:
     layout: str = "auto"  # Which rank holds which blocks: auto | contiguous | zigzag | striped
     exchange: str = "auto"  # How keys and values travel: auto | ring | ...
     block_size: int = 128  # Tokens of a block, the unit that is chosen, held and moved.
+    timeout: float = 300.0  # Seconds to wait for another rank before the job fails.
 
     steps: int = 40  # Optimizer steps.
     lr: float = 4e-3  # Peak learning rate; cosine decay to a tenth of it.
@@ -104,7 +105,7 @@ class TrainConfig:
 
 _POSITIVE = (
     "seq_len batch dp layers width heads kv_heads head_dim mlp block_size steps lr clip top_p "
-    "max_density keep log_every"
+    "max_density keep log_every timeout"
 ).split()
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16")}
 

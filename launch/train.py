@@ -21,6 +21,7 @@ from .cli import leave_checkout
 from .config import TrainConfig, describe, parse_config
 from .data import Rows, pack, read_documents
 from .metrics import MetricsWriter, ProgressReport, print_table
+from .signals import orderly_signals
 from .summary import layer_statistics, step_statistics, summarize, work_by_layout
 from .trainee import Trainee, assemble, build_pattern, train_step
 from .world import World, join_world
@@ -154,7 +155,8 @@ def finish(out: Path, summary: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`sparring train [OPTIONS]`."""
     leave_checkout()
-    run(parse_config(arguments))
+    with orderly_signals():
+        run(parse_config(arguments))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def assemble(config: TrainConfig, world: World, pattern: Pattern, rows: Rows) ->
         exchange=config.exchange,
         block_size=config.block_size,
         grad_reduce="sum",
+        timeout=config.timeout,
     )
     model = cp.attach(build_model(config, world.device))
     if config.checkpointing:  # transformers renamed it in 5.x

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..cp.transport import gone
 from .config import TrainConfig
+
+YIELD = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     """Join the process group of torchrun or Ray; a process started alone makes a group of one.
 
     A group that exists already is used, and left as it was; one made here is destroyed at the end.
-    gloo on CPU; NCCL with one process per GPU.
+    gloo on CPU; NCCL with one process per GPU. A rank that runs out of memory prints its peak. One that lost
+    its peer raises a little later, as launchers take the first failure for the cause of all.
     """
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu")
@@ -50,7 +58,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     if joined:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         launched = "RANK" in os.environ
-        dist.init_process_group("nccl" if cuda else "gloo", **({} if launched else alone))
+        patience = timedelta(seconds=config.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **({} if launched else alone))
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
         if size % config.dp:
@@ -60,6 +69,23 @@ def join_world(config: TrainConfig) -> Iterator[World]:
             )
         mesh = init_device_mesh(device.type, (config.dp, size // config.dp), mesh_dim_names=("dp", "cp"))
         yield World(rank, size, device, mesh)
+    except torch.OutOfMemoryError:
+        print(f"rank {rank}: out of memory; {peak_memory(device)}", file=sys.stderr, flush=True)
+        raise
+    except RuntimeError as error:
+        if gone(error):
+            time.sleep(YIELD)
+        raise
     finally:
-        if joined:
+        # NCCL cannot be left while a transfer waits for a peer. After a failure the process ends anyway.
+        if joined and not (cuda and isinstance(sys.exc_info()[1], Exception)):
             dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process held: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB allocated on {device}"
+    unit = 1 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"peak {peak / 2**30:.2f} GiB resident"

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..attention import check_inputs, check_scale
 from ..geometry import EMPTY, Geometry
 from ..plan import Plan
 
@@ -91,10 +92,22 @@ def make_plan(
 ) -> Plan:
     """Runs a pattern's stages and returns its plan.
 
-    scale: of the scores, 1 / sqrt(D) by default. combine: exchange of one stage between the holders of
-    the sequence; by default there is one holder.
+    q: [B, H, S, D]; k, v: [B, Hk, S, D], whole blocks: the tokens that the geometry holds, padded. scale:
+    of the scores, 1 / sqrt(D) by default. combine: exchange of one stage between the holders of the
+    sequence; by default there is one holder. Raises ValueError for shapes, dtypes or devices that do not
+    fit, TypeError for what is no pattern.
     """
-    if scale is not None and scale != q.shape[3] ** -0.5:
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern is {pattern!r}; use an object of a pattern, such as Dense()")
+    check_inputs(q, k, v, geometry)
+    held = len(geometry.blocks) * geometry.block_size
+    if q.shape[2] != held:
+        raise ValueError(
+            f"q has {q.shape[2]} tokens, the geometry holds {held} in blocks of {geometry.block_size}; "
+            f"pad q, k and v with zeros to whole blocks"
+        )
+    scale = check_scale(scale, q.shape[3])
+    if scale != q.shape[3] ** -0.5:
         q = q * (scale * q.shape[3] ** 0.5)  # patterns score with 1 / sqrt(D)
     combine = combine or combine_alone
     summary: Summary = {}
@@ -116,3 +129,10 @@ class Dense(Pattern):
 def block_distance(geometry: Geometry) -> Tensor:
     """int64 [held blocks, num_blocks]: query block minus key block, in logical ids."""
     return geometry.block_ids[:, None] - torch.arange(geometry.num_blocks, device=geometry.device)
+
+
+def check_counts(**counts: int) -> None:
+    """ValueError unless all are whole numbers of at least 0."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"{name} is {count!r}; it is a count: use a whole number, 0 or more")

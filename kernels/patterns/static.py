@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..geometry import Geometry
 from ..plan import Plan
-from .base import Pattern, Summary, Traits, block_distance
+from .base import Pattern, Summary, Traits, block_distance, check_counts
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class SinkWindow(Pattern):
     traits = Traits("strict", "none", "column")
 
     def __post_init__(self):
-        if self.sink < 0 or self.window < 0:
-            raise ValueError(f"sink {self.sink} and window {self.window} must not be negative")
+        check_counts(sink=self.sink, window=self.window)
 
     def prepare(self, geometry: Geometry) -> Tensor | None:
         return geometry.memo(("sinks", self.sink), lambda: sink_columns(geometry, self.sink))

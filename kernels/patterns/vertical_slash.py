@@ -15,7 +15,7 @@ from ..geometry import Geometry
 from ..plan import Plan
 from ..select import ID_BITS, decode, encode, keep_top_p
 from . import probes as probe
-from .base import Field, Pattern, Summary, Traits, block_distance
+from .base import Field, Pattern, Summary, Traits, block_distance, check_counts
 from .probes import FIXED, Probes
 
 
@@ -25,7 +25,8 @@ class VerticalSlash(Pattern):
 
     top_p: share of the probe's attention that the columns, and the diagonals, must each reach.
     columns, slashes: (fewest, most) columns per document and block diagonals per head; equal numbers are
-        fixed budgets. slashes count block diagonals, the forced local ones included.
+        fixed budgets. slashes count block diagonals, the forced local ones included. A document that has
+        fewer gives all it has.
     probe: queries at the end of each document (or segment) that choose.
     sink: first tokens of each document, always columns. window: local tokens, rounded up to whole
         blocks, always tiles; the diagonal always is.
@@ -47,16 +48,19 @@ class VerticalSlash(Pattern):
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it is a share of attention in (0, 1]")
-        for name, (low, high) in (("columns", self.columns), ("slashes", self.slashes)):
-            if not 0 <= low <= high:
-                raise ValueError(f"{name}=({low}, {high}) must be (fewest, most) with 0 <= fewest <= most")
+        check_counts(sink=self.sink, window=self.window, probe=self.probe)
+        for name, limits in (("columns", self.columns), ("slashes", self.slashes)):
+            if not isinstance(limits, tuple) or len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+                raise ValueError(f"{name} is {limits}; use (fewest, most) with 0 <= fewest <= most")
+            check_counts(**{name: limits[0]})
+            check_counts(**{name: limits[1]})
         if not 1 <= self.probe <= 64:
             raise ValueError(f"probe is {self.probe}; use 1 to 64 queries (sums are exact up to 64)")
         if self.sink > self.columns[1]:
-            raise ValueError(f"sink {self.sink} exceeds the {self.columns[1]} columns a document may have")
-        if self.sink < 0 or self.window < 0:
-            raise ValueError(f"sink {self.sink} and window {self.window} must not be negative")
-        if self.segment is not None and self.segment < 1:
+            raise ValueError(
+                f"sink {self.sink} exceeds the {self.columns[1]} columns a document may have; raise these"
+            )
+        if self.segment is not None and (not isinstance(self.segment, int) or self.segment < 1):
             raise ValueError(f"segment is {self.segment}; use a multiple of the block size, or None")
 
     @property
@@ -182,7 +186,9 @@ def _tables(pattern: VerticalSlash, geometry: Geometry) -> _Tables:
             f"use {-(-pattern.segment // size) * size}"
         )
     if geometry.num_tokens >= 2**ID_BITS:
-        raise ValueError(f"{geometry.num_tokens} tokens exceed the {2**ID_BITS} that column ids hold")
+        raise ValueError(
+            f"{geometry.num_tokens} tokens exceed the {2**ID_BITS} that column ids hold; use another pattern"
+        )
     local = pattern.local(geometry)
     probes = probe.make_probes(geometry, pattern.segment, local, pattern.probe)
     windows, tokens = probes.windows, geometry.num_tokens
