@@ -41,7 +41,7 @@ test: $(READY)
 	$(JOB_ENV) $(PYTHON) -m pytest tests -m "not full" $(ARGS)
 
 test-full: $(READY)
-	$(JOB_ENV) $(PYTHON) -m pytest tests $(ARGS)
+	$(JOB_ENV) $(PYTHON) benchmarks/proof.py $(ARGS)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

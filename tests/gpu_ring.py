@@ -1,9 +1,13 @@
-"""What GPU ring tests share: inputs, patterns, and the answer of one device."""
+"""What GPU ring tests share: inputs, patterns, one step of a ring, and the answer of one device."""
 
 from __future__ import annotations
 
+import poison
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from sparring.cp import ContextParallel
 from sparring.kernels import attend
 from sparring.kernels.patterns import Dense, SinkWindow, VerticalSlash
 
@@ -37,6 +41,40 @@ def one_device(q, k, v, dout, plan, dtype=torch.float32, impl="reference"):
     leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     out, _ = attend(*leaves, plan, impl=impl)
     return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
+
+
+def on_ring(cp, q, k, v, dout, sync="default"):
+    """The shard, and out, dq, dk, dv in logical order. sync: what waiting for the device does in between."""
+    shard = cp.shard(make_batch())
+    at, pad = shard.geometry.positions, (0, 0, 0, shard.geometry.num_tokens - q.shape[2])
+    local = [torch.nn.functional.pad(x, pad)[:, :, at] for x in (q, k, v, dout)]
+    leaves = [x.requires_grad_() for x in local[:3]]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(sync)
+    try:
+        out = cp.attention(*leaves, shard)
+        grads = torch.autograd.grad(out, leaves, local[3])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return shard, [cp.unshard(x, shard, dim=2) for x in (out, *grads)]
+
+
+def on_nccl(name: str, dtype: torch.dtype) -> dict:
+    """A step of a ring over NCCL that may not wait for the device, against one device; run by the pool."""
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    cp = ContextParallel(mesh, pattern=PATTERNS[name], layout="auto", recall_every=1)
+    inputs = tensors(dtype)
+    with poison.poisoned():
+        on_ring(cp, *inputs)  # makes communicators and kernels
+        shard, actual = on_ring(cp, *inputs, sync="error")
+    plan, report = cp.plans(shard)[0], cp.report(shard)
+    expected, alone = one_device(*inputs, plan), one_device(*inputs, plan, dtype, "auto")
+    return {
+        "errors": [relative(x, y) for x, y in zip(actual, expected, strict=True)],
+        "alone": [relative(x, y) for x, y in zip(alone, expected, strict=True)],
+        "density": report.density,
+        "recall": report.recall,
+    }
 
 
 def relative(actual, expected) -> float:

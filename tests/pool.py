@@ -1,10 +1,11 @@
-"""A pool of gloo processes per world size, started once: a distributed test then costs milliseconds.
+"""A pool of processes per world size, started once: a distributed test then costs milliseconds.
 
     results = pool.run(4, body, *args)     # body(*args) on 4 ranks; what each returned, in rank order
+    results = pool.run(2, body, *args, backend="nccl")      # on a GPU each, which is the current device
 
 `body` is a function of a module under tests/; arguments and results are pickled. Every call
-has process groups of its own. A call that fails or exceeds its timeout ends only the processes of its own
-pool, and the next call starts fresh ones; they are forked from one server that has imported torch.
+has a default process group of its own. A call that fails or exceeds its timeout ends only the processes of
+its own pool, and the next call starts fresh ones: with gloo, forked from one server that has imported torch.
 """
 
 from __future__ import annotations
@@ -29,29 +30,36 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 TIMEOUT = 60.0  # seconds of one call
-PATIENCE = 30.0  # seconds that a worker waits for a peer: a hang ends in its traceback, not in a kill
+# Seconds that a worker waits for a peer, which may compile kernels: a hang ends in its traceback, not a kill.
+PATIENCE = {"gloo": 30.0, "nccl": 120.0}
+START = {"gloo": "forkserver", "nccl": "spawn"}  # a fork cannot use CUDA once its parent has looked at it
 PRELOAD = ["pytest", "sparring.cp", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
 TAIL = 3000  # characters of a worker's output in a failure
 
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, str], Pool] = {}
 
 
 class PoolError(AssertionError):
     """A rank raised, died or hung. The text has its traceback and the end of every rank's output."""
 
 
-def run(world: int, body, *args, timeout: float = TIMEOUT, detail: bool = True) -> list:
-    """body(*args) on `world` ranks of torch.distributed (gloo); what each returned, in rank order.
+def run(
+    world: int, body, *args, timeout: float = TIMEOUT, detail: bool = True, backend: str = "gloo"
+) -> list:
+    """body(*args) on `world` ranks of torch.distributed; what each returned, in rank order.
 
-    detail: collectives that do not match raise on all ranks. DDP crashes under it in torch 2.13.
+    detail: collectives that do not match raise on all ranks (gloo). DDP crashes under it in torch 2.13.
     """
-    if world not in _pools or not _pools[world].alive():
-        _pools[world] = Pool(world)
+    key = world, backend
+    if key not in _pools or not _pools[key].alive():
+        _pools[key] = Pool(world, backend)
+    reusable = False
     try:
-        return _pools[world].call(body, args, timeout, detail)
-    except BaseException:
-        _pools.pop(world).close()
-        raise
+        results, reusable = _pools[key].call(body, args, timeout, detail and backend == "gloo")
+        return results
+    finally:
+        if not reusable:
+            _pools.pop(key).close()
 
 
 @atexit.register
@@ -64,11 +72,12 @@ def close() -> None:
 class Pool:
     """`world` processes that wait for calls."""
 
-    def __init__(self, world: int):
+    def __init__(self, world: int, backend: str):
         import torch.distributed as dist
 
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = multiprocessing.get_context(START[backend])
+        if backend == "gloo":
+            context.set_forkserver_preload(PRELOAD)
         self.world, self.calls = world, 0
         # The server of the store lives here and lets the system pick its port: no two pools can clash.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -77,7 +86,7 @@ class Pool:
         self.connections, self.workers = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            arguments = (rank, world, self.store.port, there, self.logs[rank])
+            arguments = (rank, world, backend, self.store.port, there, self.logs[rank])
             worker = context.Process(target=_work, args=arguments, daemon=True)
             worker.start()
             there.close()
@@ -87,14 +96,18 @@ class Pool:
     def alive(self) -> bool:
         return all(worker.is_alive() for worker in self.workers)
 
-    def call(self, body, args: tuple, timeout: float, detail: bool) -> list:
-        """Runs body(*args) on every rank. Raises PoolError at the first rank that fails."""
+    def call(self, body, args: tuple, timeout: float, detail: bool) -> tuple[list, bool]:
+        """What body(*args) returned on every rank, and whether the workers can run another body.
+
+        Raises PoolError at the first rank that fails.
+        """
         self.calls += 1
         message = pickle.dumps((self.calls, detail, inspect.getfile(body), body.__qualname__, args))
         for connection in self.connections:
             with contextlib.suppress(OSError):  # a dead worker is noticed below
                 connection.send_bytes(message)
         results: dict[int, object] = {}
+        reusable = True
         failures: dict[int, str] = {}
         deadline = time.monotonic() + timeout
         while len(results) + len(failures) < self.world:
@@ -110,7 +123,8 @@ class Pool:
             for connection in ready:
                 rank = waiting[connection]
                 try:
-                    good, value = pickle.loads(connection.recv_bytes())
+                    good, value, unchanged = pickle.loads(connection.recv_bytes())
+                    reusable = reusable and unchanged
                 except (EOFError, OSError):
                     self.workers[rank].join(5)
                     good, value = False, f"died, exit code {self.workers[rank].exitcode}"
@@ -118,7 +132,7 @@ class Pool:
         if failures:
             texts = [f"rank {rank} of {self.world}: {text}" for rank, text in failures.items()]
             raise PoolError("\n".join([*texts, self._output()]))
-        return [results[rank] for rank in range(self.world)]
+        return [results[rank] for rank in range(self.world)], reusable
 
     def close(self) -> None:
         """Kills the workers, each with its own children, and nothing else."""
@@ -142,7 +156,7 @@ class Pool:
 # -- in the worker ------------------------------------------------------------------------------------
 
 
-def _work(rank: int, world: int, port: int, connection: Connection, log: Path) -> None:
+def _work(rank: int, world: int, backend: str, port: int, connection: Connection, log: Path) -> None:
     os.setsid()  # a process group of its own, by which it is killed
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -155,7 +169,9 @@ def _work(rank: int, world: int, port: int, connection: Connection, log: Path) -
     faulthandler.enable()
     calls: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, calls), daemon=True).start()
-    seconds, store = datetime.timedelta(seconds=PATIENCE), None
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    seconds, store = datetime.timedelta(seconds=PATIENCE[backend]), None
     while True:
         number, detail, path, name, args = pickle.loads(calls.get())
         try:
@@ -164,10 +180,13 @@ def _work(rank: int, world: int, port: int, connection: Connection, log: Path) -
             store = store or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
             dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
             own = dist.PrefixStore(str(number), store)
-            dist.init_process_group("gloo", store=own, rank=rank, world_size=world, timeout=seconds)
-            answer = True, getattr(_module(path), name)(*args)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=seconds)
+            value = getattr(_module(path), name)(*args)
+            # Torch keeps the names of further groups in caches of its own (those of DTensor), where the
+            # next body would find them by an equal mesh although they are gone.
+            answer = True, value, len(dist.distributed_c10d._world.pg_map) <= 1
         except BaseException:  # noqa: BLE001 - raised again by the caller's process
-            answer = False, traceback.format_exc()
+            answer = False, traceback.format_exc(), False
         connection.send_bytes(pickle.dumps(answer))
 
 

@@ -1,4 +1,4 @@
-"""Which cases of a product run in `make test`: a declared sample that covers every pair of values."""
+"""Which cases of a product run in `make test`: a sample that covers every pair of values, and a drawn one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,51 @@ import random
 
 import pytest
 
+seed = 0  # of the drawn sample; conftest.py sets it before tests are collected
 
-def pairwise(*factors: list, seed: int = 0) -> list:
-    """The whole product as pytest params; all but a pairwise-covering sample are marked `full`.
 
-    Every pair of values of two factors occurs together in some unmarked case. The sample is chosen
-    greedily with a fixed seed, so it is the same in every run.
+def pairwise(*factors: list) -> list:
+    """The whole product as pytest params; all but two samples of it are marked `full`.
+
+    In the first, every pair of values of two factors occurs together; it is the same in every run. The
+    second is a tenth as large, at least one case, and drawn with the seed of the run.
     """
-    product = list(itertools.product(*factors))
-    random.Random(seed).shuffle(product)
-    missing = {pair for case in product for pair in _pairs(case)}
-    sample = set()
+    sizes = [len(factor) for factor in factors]
+    fixed, product = covering(sizes), list(itertools.product(*map(range, sizes)))
+    rest = [case for case in product if case not in fixed]
+    drawn = set(random.Random(seed).sample(rest, min(len(rest), max(1, len(fixed) // 10))))
+    return [
+        pytest.param(
+            *(factor[i] for factor, i in zip(factors, case, strict=True)),
+            marks=() if case in fixed or case in drawn else pytest.mark.full,
+        )
+        for case in product
+    ]
+
+
+def covering(sizes: list[int]) -> set[tuple[int, ...]]:
+    """Tuples of indices below `sizes` in which all pairs of indices at two places occur, chosen greedily."""
+    places, random_order = range(len(sizes)), random.Random(0)
+    missing = {
+        (i, a, j, b)
+        for i, j in itertools.combinations(places, 2)
+        for a, b in itertools.product(range(sizes[i]), range(sizes[j]))
+    }
+    cases = set()
     while missing:
-        best = max(product, key=lambda case: len(missing & set(_pairs(case))))
-        sample.add(best)
-        missing -= set(_pairs(best))
-    marks = {case: () if case in sample else (pytest.mark.full,) for case in product}
-    return [pytest.param(*case, marks=marks[case]) for case in itertools.product(*factors)]
+        i, a, j, b = min(missing)
+        case = {i: a, j: b}
+        for place in places:
+            if place not in case:
+                values = random_order.sample(range(sizes[place]), sizes[place])
+                case[place] = max(values, key=lambda value: len(missing & _with(case, place, value)))
+        cases.add(tuple(case[place] for place in places))
+        missing.difference_update(*(_with(case, place, case[place]) for place in places))
+    return cases
 
 
-def _pairs(case: tuple) -> list:
-    return [(i, j, case[i], case[j]) for i, j in itertools.combinations(range(len(case)), 2)]
+def _with(case: dict[int, int], place: int, value: int) -> set[tuple[int, int, int, int]]:
+    """The pairs of a value at a place with the other values of a case."""
+    return {
+        (place, value, i, a) if place < i else (i, a, place, value) for i, a in case.items() if i != place
+    }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from sparring.balance import work_matrices
 from sparring.cp import ContextParallel, run_threads
 from sparring.kernels import Plan
 from sparring.kernels.patterns import Dense, Pattern, Traits
@@ -94,6 +96,18 @@ def test_slashes_change_the_layout():
     seen = layouts(Slashes((0, 3, 7, 9, 20)), ["one"] * 3)
     assert [name for name, _ in seen] == ["zigzag", "zigzag", "striped"]
     assert seen[2][1] < 1.05 < seen[0][1]
+
+
+def test_reported_work_is_that_of_the_plan_by_rank_and_ring_step():
+    def body(transport):
+        pattern = Slashes((0, 3, 7, 9, 20))
+        cp = ContextParallel(transport, pattern=pattern, layout="striped", block_size=SIZE, recall_every=0)
+        shard = step(cp, "half")
+        return cp.report(shard).work, shard.layout, cp.plans(shard)[0].tiles_bool()
+
+    for work, layout, tiles in run_threads(4, body):
+        [expected] = work_matrices([layout], tiles[0, 0].double().numpy(), np.zeros(BLOCKS))
+        assert np.array_equal(work, expected) and len({tuple(row) for row in expected}) > 1
 
 
 def test_resumed_planner_decides_like_the_uninterrupted_one():

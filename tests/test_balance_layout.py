@@ -114,6 +114,8 @@ def test_an_assignment_that_is_no_permutation_is_refused(assignment, words):
 def test_other_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="holds 2 blocks.*misses 1 of the 3 blocks"):
         Layout(1, 3, ((0,), (1,)), "short")
+    with pytest.raises(ValueError, match="holds 3 blocks, 2 of them different, and misses 0 of the 2"):
+        Layout(1, 2, ((0, 1), (1,)), "twice")
     with pytest.raises(ValueError, match="block_size is 0"):
         contiguous(4, 2, 0)
     with pytest.raises(ValueError, match="stripe is 0"):

@@ -10,6 +10,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import machine
 import pytest
 import tiny_models
 import torch
@@ -139,14 +140,20 @@ def test_detach_gives_the_original_model_back():
     assert [sorted(module.__dict__) for module in model.modules()] == names
 
 
-def test_evaluation_without_gradients():
-    batch, documents = make_batch("padded")
-    expected = reference(TinyGPT(), batch, documents)
-    model, cp = single(TinyGPT().eval())
-    with torch.no_grad():
-        shard = cp.shard(batch)
-        loss = cp.loss(model(**shard.inputs), shard)
-    assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
+def test_a_parameter_without_a_gradient_on_one_rank_counts_as_zero():
+    """All ranks take part in its sum all the same."""
+
+    def body(transport):
+        cp = ContextParallel(transport, block_size=BLOCK, grad_reduce="sum")
+        model = nn.Linear(3, 2)
+        model.bias.requires_grad_(False)
+        if transport.rank == 1:
+            model.weight.grad = torch.full((2, 3), 5.0)
+        cp.sum_gradients(model)
+        return model.weight.grad, model.bias.grad
+
+    for weight, bias in run_threads(3, body, timeout=5):
+        assert torch.equal(weight, torch.full((2, 3), 5.0)) and bias is None
 
 
 # -- what checkpointing can do to the calls --------------------------------------------------------
@@ -239,8 +246,7 @@ def test_recomputation_in_another_thread(reentrant):
     assert [len(runs) for runs in shard.record.covered.values()] == [2, 2]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@machine.needs("gpu")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_on_a_gpu(checkpointing):
     """Two shards in flight, computed again in autograd's own thread, without host sync."""

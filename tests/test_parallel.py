@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
 
 import pool
 import pytest
-import tiny_models
 import torch
+from job import MODELS, Job, run, train_step
 from sampling import pairwise
-from tiny_models import BLOCK, IGNORE, TinyGPT, assert_same_step, gradients, reference
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from tiny_models import BLOCK, IGNORE, assert_same_step, gradients, make_batch, reference
 
 from sparring.cp import ContextParallel
-from sparring.kernels.patterns import Dense, SinkWindow, VerticalSlash
+from sparring.kernels.patterns import SinkWindow, VerticalSlash
 
-MODELS = {
-    "plain": lambda: TinyGPT(kv_heads=2),
-    "plain, checkpointed": lambda: TinyGPT(checkpointing="non-reentrant"),
-    "llama": tiny_models.llama,
-    "qwen2": tiny_models.qwen2,
-}
-WRAPPERS = ["DDP", "FSDP2", "sum_gradients"]
+WRAPPERS = ["DDP", "FSDP2", "HSDP", "sum_gradients"]
 MESHES = [(1, 2), (1, 4), (2, 2)]  # (data, context) ranks
 SPARSE = {
     "sink-window": SinkWindow(sink=5, window=20),
@@ -40,78 +29,6 @@ def each_once(first: list, second: list) -> list:
     sample = [(x, second[i % len(second)]) for i, x in enumerate(first)]
     product = itertools.product(first, second)
     return [pytest.param(*case, marks=() if case in sample else pytest.mark.full) for case in product]
-
-
-def run(sizes, body, wrapper, *args):
-    """body(sizes, wrapper, *args) on every rank. DDP and FSDP2 fail under DETAIL in some torch versions."""
-    return pool.run(sizes[0] * sizes[1], body, sizes, wrapper, *args, detail=wrapper == "sum_gradients")
-
-
-def make_batch(name: str) -> tuple[dict, list]:
-    """tiny_models.make_batch, and "unequal": the first row has 4 labels, the second has all."""
-    batch, documents = tiny_models.make_batch("whole" if name == "unequal" else name)
-    if name == "unequal":
-        batch["labels"][0, 5:] = IGNORE
-    return batch, documents
-
-
-class Job:
-    """One rank of a training job: mesh, ContextParallel and a model in its wrapper."""
-
-    def __init__(self, sizes, wrapper, model, **options):
-        data, _ = sizes
-        # First of all, so that it is the default group: DTensor keeps specs, with the names of their groups,
-        # from the process groups of earlier tests.
-        everyone = init_device_mesh("cpu", (sizes[0] * sizes[1],), mesh_dim_names=("everyone",))
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "cp"))
-        options = {"pattern": Dense(), "layout": "zigzag", "block_size": BLOCK} | options
-        reduce = "sum" if wrapper == "sum_gradients" else "mean"
-        self.cp = ContextParallel(mesh, data_axes=("dp",), grad_reduce=reduce, **options)
-        self.model = self.cp.attach(MODELS[model]())
-        self.call, self.wrapper = self.model, wrapper
-        if wrapper == "DDP":
-            self.call = DistributedDataParallel(self.model, process_group=everyone.get_group())
-        elif wrapper == "FSDP2":
-            for block in self.model.blocks if "plain" in model else self.model.model.layers:
-                fully_shard(block, mesh=everyone)
-            fully_shard(self.model, mesh=everyone)
-        replica = mesh["dp"].get_local_rank()
-        self.rows = slice(replica, replica + 1) if data > 1 else slice(None)
-
-    def part(self, batch):
-        """The rows of this replica."""
-        return {name: x[self.rows] for name, x in batch.items()}
-
-    def backward(self, loss, last=True):
-        """Gradients of all micro-batches are reduced with the last."""
-        if self.wrapper == "FSDP2":
-            self.model.set_requires_gradient_sync(last)
-        loss.backward()
-        if self.wrapper == "sum_gradients" and last:
-            self.cp.sum_gradients(self.model)
-
-    def unsynced(self, last):
-        """Around the forward and backward of a micro-batch."""
-        return self.call.no_sync() if self.wrapper == "DDP" and not last else contextlib.nullcontext()
-
-    def gradients(self):
-        full = {}
-        for name, parameter in self.model.named_parameters():
-            gradient = parameter.grad
-            full[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
-        return full
-
-
-def train_step(sizes, wrapper, model, name, plans=None, options=None):
-    """Loss and gradients of one step on one rank; the labels that it held."""
-    job = Job(sizes, wrapper, model, **(options or {}))
-    batch, _ = make_batch(name)
-    with contextlib.nullcontext() if plans is None else job.cp.replay(plans):
-        shard = job.cp.shard(job.part(batch))
-    loss = job.cp.loss(job.call(**shard.inputs), shard)
-    job.backward(loss)
-    labels = int((shard.labels != IGNORE).sum())
-    return {"loss": loss.item(), "grads": job.gradients(), "labels": labels, "tokens": shard.tokens}
 
 
 @functools.cache

@@ -2,94 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import oracle
 import pytest
+import tolerance
 import torch
+from rings import LAYOUTS, NAMES, SCHEDULES, on_ring
 from sampling import pairwise
-from zoo import SIZE, ZOO
+from zoo import ADVERSARIAL, LONGCA, METHODS, SIZE, ZOO
 
-from sparring.balance import contiguous, from_assignment, ring, striped, zigzag
-from sparring.cp import run_threads
-from sparring.cp.attention import Ring, ring_attention
-from sparring.kernels import bind, reference
+from sparring.kernels import attend
+from sparring.kernels.plan import pack_bits
 
 BOUND = 1e-10
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (2, 1)}
 LENGTHS = [1, 31, 203, 240]
+DIM = 8
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def first_rank_empty(blocks: int, world: int, size: int):
-    """All blocks on the other ranks, dealt backwards."""
-    held = [list(range(blocks))[::-1][rank :: max(1, world - 1)] for rank in range(max(1, world - 1))]
-    return from_assignment(tuple(map(tuple, [[], *held][:world] if world > 1 else held)), size)
+def case(mask, heads, length):
+    """The plan, the tensors and what the oracle says of them."""
+    plan = ZOO[mask](length, *HEADS[heads])
+    tensors = oracle.inputs(1, *HEADS[heads], length, DIM)
+    pairs = oracle.expand(plan, HEADS[heads][0])[:, :, :length, :length]
+    tensors = (*tensors[:4], torch.where(pairs.any(-1), tensors[4], 0.0))
+    return plan, tensors, oracle.attention(*tensors[:3], pairs, *tensors[3:])
 
 
-LAYOUTS: dict[str, Callable] = {
-    "contiguous": contiguous,
-    "zigzag": zigzag,
-    "striped": striped,
-    "first rank empty": first_rank_empty,
-}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """torch.empty gives NaN: what is read before it is written shows."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-
-        def poison(*args, original=original, **options):
-            x = original(*args, **options)
-            return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(2**7 - 1)
-
-        monkeypatch.setattr(torch, name, poison)
-
-
-def on_ring(plan, layout, world, q, k, v, dout, dlse):
-    """out, lse, dq, dk, dv in logical order from a ring of threads that walks the given plan."""
-    length, total = q.shape[2], plan.geometry.num_tokens
-    q, k, v, dout = (torch.nn.functional.pad(x, (0, 0, 0, total - length)) for x in (q, k, v, dout))
-    dlse = torch.nn.functional.pad(dlse, (0, total - length))
-
-    def body(transport):
-        geometry = plan.geometry.select(layout.assignment[transport.rank])
-        at = geometry.positions
-        bound = bind(plan.rows(geometry), layout.assignment)
-        leaves = [x[:, :, at].requires_grad_() for x in (q, k, v)]
-        surroundings = Ring(transport, ring(transport.rank, world), reference)
-        out, lse = ring_attention(*leaves, bound, surroundings, q.shape[3] ** -0.5)
-        grads = torch.autograd.grad((out, lse), leaves, (dout[:, :, at], dlse[:, :, at]))
-        return [x.detach() for x in (out, lse, *grads)]
-
-    parts = zip(*run_threads(world, body, timeout=60), strict=True)
-    inverse = torch.from_numpy(layout.inverse)
-    return [torch.cat(part, 2)[:, :, inverse][:, :, :length] for part in parts]
-
-
-def check(mask, heads, world, layout, length):
-    plan = ZOO[mask](length, HEADS[heads][0])
-    q, k, v, dout, dlse = oracle.inputs(1, *HEADS[heads], length, 8)
-    dense = oracle.expand(plan, HEADS[heads][0])[:, :, :length, :length]
-    dlse = torch.where(dense.any(-1), dlse, 0.0)
+def check(mask, heads, world, layout, length, exchange):
+    plan, tensors, expected = case(mask, heads, length)
     held = LAYOUTS[layout](plan.geometry.num_blocks, world, SIZE)
-    actual = on_ring(plan, held, world, q, k, v, dout, dlse)
-    expected = oracle.attention(q, k, v, dense, dout, dlse)
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
-        assert not torch.isnan(x).any(), name
-        assert oracle.max_error(x, y) <= BOUND, name
+    actual = on_ring(plan, held, *tensors, exchange=exchange)
+    for name, x, y in zip(NAMES, actual, expected, strict=True):
+        tolerance.check("fp64", name, x, y, BOUND)
 
 
 @pytest.mark.parametrize(
-    "mask,heads,world,layout,length",
-    pairwise(list(ZOO), list(HEADS), [1, 2, 3, 4, 5, 7, 8], list(LAYOUTS), LENGTHS),
+    "mask,heads,world,layout,length,exchange",
+    pairwise(list(ZOO), list(HEADS), [1, 2, 3, 4, 5, 7, 8], list(LAYOUTS), LENGTHS, list(SCHEDULES)),
 )
-def test_zoo(mask, heads, world, layout, length):
-    check(mask, heads, world, layout, length)
+def test_zoo(mask, heads, world, layout, length, exchange):
+    check(mask, heads, world, layout, length, exchange)
 
 
-@pytest.mark.parametrize("world", [16, 32, 64])
-@pytest.mark.parametrize("mask", ["causal_document", "vertical_slash", "empty_rows"])
-def test_many_ranks(mask, world):
-    check(mask, "GQA", world, "striped", 203)
+SMOKE = ((16, "empty_rows"), (16, "key_head_top_k"), (32, "vertical_slash"), (64, "causal_document"))
+
+
+@pytest.mark.parametrize("exchange", SCHEDULES)
+@pytest.mark.parametrize(
+    "world,mask",
+    [
+        pytest.param(world, mask, marks=() if (world, mask) in SMOKE else pytest.mark.full)
+        for world in (16, 32, 64)
+        for mask in ZOO
+    ],
+)
+def test_many_ranks(world, mask, exchange):
+    check(mask, "GQA", world, "striped", 203, exchange)
+
+
+def test_the_zoo_is_complete():
+    """The 14 masks of LongCA-bench, and no name twice."""
+    assert len(LONGCA) == 14
+    assert len(ZOO) == len(LONGCA) + len(METHODS) + len(ADVERSARIAL)
+
+
+def error_of(plan, tensors, expected) -> float:
+    """The largest error of out and the gradients on one device."""
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    out, lse = attend(*leaves, plan)
+    dlse = torch.where(lse > -torch.inf, tensors[4], 0.0)
+    actual = out, *torch.autograd.grad((out, lse), leaves, (tensors[3], dlse))
+    return max(map(oracle.max_error, actual, (expected[0], *expected[2:])))
+
+
+def one_of(chosen, seed=0) -> tuple[int, ...]:
+    where = chosen.nonzero()
+    at = torch.randint(len(where), (1,), generator=torch.Generator().manual_seed(seed))
+    return tuple(where[int(at)].tolist())
+
+
+@pytest.mark.parametrize("mask", ZOO)
+def test_a_lost_tile_or_column_is_noticed(mask):
+    """The comparison has teeth: with one visible tile or column less the error is far beyond the bound."""
+    plan, tensors, expected = case(mask, "GQA", 203)
+    assert error_of(plan, tensors, expected) <= BOUND
+    tiles = plan.tiles_bool().clone()
+    tiles[one_of(tiles)] = False
+    assert error_of(replace(plan, tiles=pack_bits(tiles)), tensors, expected) > 1e5 * BOUND
+    if plan.columns is not None:
+        heads, nowhere = HEADS["GQA"][0], plan.geometry.num_tokens
+        alone = replace(plan, columns=None, column_group=None)
+        row, head, _, token = one_of(oracle.expand(plan, heads) & ~oracle.expand(alone, heads))
+        columns = plan.columns.clone()
+        mine = columns[row, head * columns.shape[1] // heads]
+        mine[mine == token] = nowhere
+        less = replace(plan, columns=columns.sort(-1).values.contiguous())
+        assert error_of(less, tensors, expected) > 1e5 * BOUND

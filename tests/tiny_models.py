@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sparring.cp import ContextParallel, run_threads
+from sparring.kernels.patterns import Dense
 
 VOCAB = 48
 BLOCK = 16  # of the context-parallel runs
@@ -22,17 +24,27 @@ def llama(**options) -> nn.Module:
     """Grouped-query attention, 2 layers, the same weights for the same seed. Each has its own config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _build(LlamaForCausalLM, LlamaConfig, **options)
+    return build(LlamaForCausalLM, LlamaConfig, **options)
 
 
 def qwen2(**options) -> nn.Module:
     """Biases in q, k, v and a head tied to the embedding."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return _build(Qwen2ForCausalLM, Qwen2Config, **{"tie_word_embeddings": True} | options)
+    return build(Qwen2ForCausalLM, Qwen2Config, **{"tie_word_embeddings": True} | options)
 
 
-def _build(model: Callable, config: Callable, seed: int = 0, **options) -> nn.Module:
+def rope(kind: str, length: int, **options) -> dict:
+    """Options of a model whose rotary frequencies change beyond `length` tokens."""
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} | options
+    if kind == "longrope":
+        factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+        parameters |= factors | {"original_max_position_embeddings": length}
+    longest = length if kind == "dynamic" else 4 * length
+    return {"rope_parameters": parameters, "max_position_embeddings": longest}
+
+
+def build(model: Callable, config: Callable, seed: int = 0, **options) -> nn.Module:
     sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
     with torch.random.fork_rng():
@@ -68,8 +80,30 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def selective(operations) -> Callable:
+    """The context_fn of a checkpoint that keeps what these operations of torch return."""
+    return partial(create_selective_checkpoint_contexts, operations)
+
+
+ATEN = torch.ops.aten
+PRODUCTS = [ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.max.default, ATEN.amax.default]
+# How a TinyGPT runs one of its blocks: (number of the block, block, x) -> x.
+CHECKPOINTING = {
+    None: lambda i, block, x: block(x),
+    "reentrant": lambda i, block, x: checkpoint(block, x, use_reentrant=True),
+    "non-reentrant": lambda i, block, x: checkpoint(block, x, use_reentrant=False),
+    "one layer": lambda i, block, x: checkpoint(block, x, use_reentrant=False) if i == 1 else block(x),
+    "selective": lambda i, block, x: checkpoint(
+        block, x, use_reentrant=False, context_fn=selective([ATEN.addmm.default])
+    ),
+    "selective, products": lambda i, block, x: checkpoint(
+        block, x, use_reentrant=False, context_fn=selective(PRODUCTS)
+    ),
+}
+
+
 class TinyGPT(nn.Module):
-    """nanoGPT with positions as an argument. checkpointing: None, "reentrant" or "non-reentrant"."""
+    """nanoGPT with positions as an argument. checkpointing: a key of CHECKPOINTING."""
 
     def __init__(self, width=32, heads=4, kv_heads=4, layers=2, checkpointing=None, seed=0):
         super().__init__()
@@ -84,30 +118,35 @@ class TinyGPT(nn.Module):
 
     def forward(self, input_ids, position_ids):
         x = self.tokens(input_ids) + self.positions(position_ids)
-        for block in self.blocks:
-            if self.checkpointing is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.checkpointing == "reentrant")
+        for i, block in enumerate(self.blocks):
+            x = CHECKPOINTING[self.checkpointing](i, block, x)
         return self.head(self.norm(x))
 
 
 def make_batch(name: str, length: int = 110) -> tuple[dict, list]:
-    """A batch of 2 rows: "whole", "packed", "padded" or "few labels"; its documents [(row, start, end)]."""
+    """A batch of 2 rows and its documents [(row, start, end)].
+
+    "whole", "packed", "padded", "mostly padded" (nothing else on the last two of 4 contiguous ranks), "few
+    labels" (all on the first of them), "one label", "unequal" (the first row has 4 labels, the second all).
+    """
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (2, length), generator=generator)
     batch = {"input_ids": ids, "labels": ids.clone()}
     if name == "packed":
         documents = [(0, 0, 27), (0, 27, 90), (0, 90, length), (1, 0, 66), (1, 66, length)]
-    elif name == "padded":
-        documents = [(0, 11, length), (1, 0, length - 23)]
+    elif "padded" in name:
+        documents = [(0, 11, length), (1, 0, length - 23)] if name == "padded" else [(0, 0, 50), (1, 0, 40)]
         batch["attention_mask"] = torch.zeros_like(ids)
         for row, start, end in documents:
             batch["attention_mask"][row, start:end] = 1
     else:
         documents = [(0, 0, length), (1, 0, length)]
-    if name == "few labels":  # all on the first rank of a contiguous layout
+    if name == "few labels":
         batch["labels"][:, 20:] = IGNORE
+    elif name == "one label":
+        batch["labels"][0], batch["labels"][1, :77], batch["labels"][1, 78:] = IGNORE, IGNORE, IGNORE
+    elif name == "unequal":
+        batch["labels"][0, 5:] = IGNORE
     positions = torch.zeros_like(ids)
     for row, start, end in documents:
         positions[row, start:end] = torch.arange(end - start)
@@ -140,18 +179,24 @@ def reference(model: nn.Module, batch: dict, documents: list) -> dict:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    """Of the parameters that are trained."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parallel(transport, **options) -> ContextParallel:
+    """Small blocks; every visible tile; gradients are to be summed."""
+    options = {"pattern": Dense(), "block_size": BLOCK, "grad_reduce": "sum"} | options
+    return ContextParallel(transport, **options)
 
 
 def sharded(model: nn.Module, batch: dict, world: int, pattern, *, plans=None, prepare=None, **options):
     """One step on `world` threads with copies of the model; what every rank has afterwards."""
     whole_logits = options.pop("whole_logits", False)
-    options = {"layout": "auto", "block_size": BLOCK, "grad_reduce": "sum"} | options
     replicas = [copy.deepcopy(model) for _ in range(world)]
 
     def body(transport):
         own = replicas[transport.rank]
-        cp = ContextParallel(transport, pattern=pattern, **options)
+        cp = parallel(transport, pattern=pattern, **options)
         cp.attach(own, whole_logits=whole_logits)
         if prepare is not None:
             prepare(own)
@@ -160,11 +205,13 @@ def sharded(model: nn.Module, batch: dict, world: int, pattern, *, plans=None, p
         output = own(**shard.inputs)
         loss = cp.loss(output, shard)
         loss.backward()
+        local = gradients(own)
         cp.sum_gradients(own)
         output = output if isinstance(output, torch.Tensor) else output.logits
         return {
             "loss": loss.item(),
             "grads": gradients(own),
+            "local": local,
             "output": cp.unshard(output, shard),
             "plans": cp.plans(shard),
             "covered": {layer: [int(n) for n in runs] for layer, runs in shard.record.covered.items()},
