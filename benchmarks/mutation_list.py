@@ -1,0 +1,241 @@
+"""Listed mutations of kernels/patterns/, balance/ and launch/, and the list of all."""
+
+from __future__ import annotations
+
+from mutation_case import Mutation
+from mutation_list_cp import CP
+from mutation_list_kernels import KERNELS, PATTERNS
+
+CHOICE = [
+    Mutation(
+        "the window is one block too short",
+        "kernels/patterns/static.py",
+        "(distance <= -(-self.window // geometry.block_size))",
+        "(distance < -(-self.window // geometry.block_size))",
+        PATTERNS,
+    ),
+    Mutation(
+        "one sink token too few",
+        "kernels/patterns/static.py",
+        "min(end, start + sink)",
+        "min(end, start + sink - 1)",
+        PATTERNS,
+    ),
+    Mutation(
+        "one sink token too many in vertical-slash",
+        "kernels/patterns/vertical_slash.py",
+        "(ids < start_of_pair + pattern.sink)",
+        "(ids <= start_of_pair + pattern.sink)",
+        PATTERNS,
+    ),
+    Mutation(
+        "the threshold of top-p for columns is 2 % too low",
+        "kernels/patterns/vertical_slash.py",
+        "target = (tables.queries * self.top_p).long() - tables.queries",
+        "target = (tables.queries * self.top_p * 0.98).long() - tables.queries",
+        PATTERNS,
+    ),
+    Mutation(
+        "top-p stops one entry late when the share is reached exactly",
+        "kernels/select.py",
+        "(before < target[..., None])",
+        "(before <= target[..., None])",
+        PATTERNS,
+    ),
+    Mutation(
+        "ties go to the higher id",
+        "kernels/select.py",
+        "return (mass << ID_BITS) + ((1 << ID_BITS) - 1 - ids) + forced * _FORCED",
+        "return (mass << ID_BITS) + ids + forced * _FORCED",
+        PATTERNS,
+    ),
+    Mutation(
+        "the mass of a diagonal ignores the part that falls on the next one",
+        "kernels/patterns/probes.py",
+        "(offset[..., None] - bins * size).abs()",
+        "(offset[..., None] - bins * size).clamp(max=0).abs()",
+        PATTERNS,
+    ),
+]
+
+LAYOUTS, PLANNER, SCHEDULE = "test_balance_layout.py", "test_balance_planner.py", "test_balance_schedule.py"
+
+BALANCE = [
+    Mutation(
+        "the inverse of a layout forgets the order inside a rank",
+        "balance/layout.py",
+        "blocks = starts[self.source_of_block] + self.slot_of_block",
+        "blocks = starts[self.source_of_block] + np.sort(self.slot_of_block)",
+        LAYOUTS,
+    ),
+    Mutation(
+        "the second chunk of zigzag is not mirrored",
+        "balance/layout.py",
+        "chunks[rank] + chunks[-1 - rank]",
+        "chunks[rank] + chunks[world + rank]",
+        LAYOUTS,
+    ),
+    Mutation(
+        "layouts with other assignments have one digest",
+        "balance/layout.py",
+        "text = repr((self.block_size, self.assignment)).encode()",
+        "text = repr((self.block_size, self.num_blocks)).encode()",
+        LAYOUTS,
+    ),
+    Mutation(
+        "a layout that holds a block twice is accepted",
+        "balance/layout.py",
+        "if len(held) != self.num_blocks or missing:",
+        "if missing:",
+        LAYOUTS,
+    ),
+    Mutation(
+        "the gradients of the last hop are not sent",
+        "balance/schedule.py",
+        "gradients=hop if backward and world > 1 else None",
+        "gradients=hop if backward and step < world - 1 else None",
+        SCHEDULE,
+    ),
+    Mutation(
+        "the ring turns the wrong way",
+        "balance/schedule.py",
+        "source = (rank - step) % world",
+        "source = (rank + step) % world",
+        SCHEDULE,
+    ),
+    Mutation(
+        "worker imbalance is the mean over the mean",
+        "balance/cost.py",
+        "return float(totals.max() / totals.mean())",
+        "return float(totals.mean() / totals.mean())",
+        PLANNER,
+    ),
+    Mutation(
+        "step imbalance takes the slowest step, not the slowest ranks",
+        "balance/cost.py",
+        "work.max(0).sum() / work.mean(0).sum()",
+        "work.max(1).sum() / work.mean(1).sum()",
+        PLANNER,
+    ),
+    Mutation(
+        "work is given to the wrong ring step",
+        "balance/cost.py",
+        "(ranks[:, None] - ranks) % layout.world",
+        "(ranks[:, None] + ranks) % layout.world",
+        PLANNER,
+    ),
+    Mutation(
+        "the last, partly filled block of a document costs nothing",
+        "balance/cost.py",
+        "held = row[start // block_size : -(-end // block_size)]",
+        "held = row[start // block_size : end // block_size]",
+        PLANNER,
+    ),
+    Mutation(
+        "no hysteresis: the layout changes for any gain",
+        "balance/planner.py",
+        "candidate.time <= best.time * SWITCH",
+        "candidate.time <= best.time",
+        PLANNER,
+    ),
+    Mutation(
+        "statistics take the offset for the distance",
+        "balance/statistics.py",
+        "np.bincount(distance[visible], chosen[visible], num_blocks)",
+        "np.bincount(offset[visible], chosen[visible], num_blocks)",
+        PLANNER,
+    ),
+]
+
+CHECKPOINT, DATA = "test_checkpoint.py", "test_data.py -k 'not default_data and not standard'"
+RESUME = "test_train.py -k resumed"
+
+LAUNCH = [
+    Mutation(
+        "the hash of a checkpoint is not verified, its size alone",
+        "launch/checkpoint.py",
+        "if (found := _fingerprint(path)) != expected:",
+        'if (found := _fingerprint(path))["bytes"] != expected["bytes"]:',
+        CHECKPOINT,
+    ),
+    Mutation(
+        "one checkpoint too many is kept",
+        "launch/checkpoint.py",
+        "complete[len(complete) - (keep - 1) :] if keep > 1",
+        "complete[len(complete) - keep :] if keep > 1",
+        CHECKPOINT,
+    ),
+    Mutation(
+        "the newest checkpoint is named before its manifest is written",
+        "launch/checkpoint.py",
+        "    for path in folder.iterdir():\n        _sync(path)\n",
+        '    (root / "latest").write_text(folder.name)\n'
+        "    for path in folder.iterdir():\n        _sync(path)\n",
+        CHECKPOINT,
+    ),
+    Mutation(
+        "the optimizer's state is not restored",
+        "launch/optimizer.py",
+        'weight.device).clone()\n                for key, value in state["state"][name].items()',
+        'weight.device).mul(0)\n                for key, value in state["state"][name].items()',
+        CHECKPOINT,
+    ),
+    Mutation(
+        "weights in bf16 have no fp32 copy",
+        "launch/optimizer.py",
+        "nn.Parameter(p.detach().float())",
+        "nn.Parameter(p.detach().clone())",
+        CHECKPOINT,
+    ),
+    Mutation(
+        "warmup begins at a learning rate of 0",
+        "launch/optimizer.py",
+        "return config.lr * (step + 1) / config.warmup",
+        "return config.lr * step / config.warmup",
+        CHECKPOINT,
+    ),
+    Mutation(
+        "resuming starts one step late",
+        "launch/train.py",
+        "range(saved[0] if saved else 0, config.steps)",
+        "range(saved[0] + 1 if saved else 0, config.steps)",
+        RESUME,
+    ),
+    Mutation(
+        "the position in the data is not restored",
+        "launch/data.py",
+        'self.epoch, self.row = state["epoch"], state["row"]',
+        'self.epoch, self.row = state["epoch"], 0',
+        DATA,
+    ),
+    Mutation(
+        "all replicas read the same rows",
+        "launch/data.py",
+        "first = self.row + self.dp_rank * self.batch",
+        "first = self.row",
+        DATA,
+    ),
+    Mutation(
+        "positions do not restart at documents",
+        "launch/data.py",
+        "return Rows(tokens, column - np.maximum.accumulate(begins, axis=1))",
+        "return Rows(tokens, column + 0 * begins)",
+        DATA,
+    ),
+    Mutation(
+        "the first token of a document is predicted from the one before",
+        "launch/data.py",
+        "labels = input_ids.masked_fill(position_ids == 0, IGNORE)",
+        "labels = input_ids.clone()",
+        DATA,
+    ),
+    Mutation(
+        "a resumed run keeps the row of the step that it repeats",
+        "launch/metrics.py",
+        'r["step"] < start',
+        'r["step"] <= start',
+        "test_report.py -k resumed",
+    ),
+]
+
+LISTED = [*KERNELS, *CHOICE, *BALANCE, *CP, *LAUNCH]

@@ -1,0 +1,415 @@
+"""Listed mutations of cp/."""
+
+from __future__ import annotations
+
+from mutation_case import Mutation
+
+RING = "test_ring.py -k 'ring_matches_oracle or uneven'"
+MODEL = "test_functional.py -k 'dense_equals_the_original_model and (2- or 4-)'"
+CHECKPOINTED = "test_functional.py -k 'two_micro_batches or sparse_equals'"
+PRECISION = "test_precision.py"
+SUBGROUP = "test_gloo.py -k 'subgroup or slice'"
+GLOO = "test_gloo.py -k 'equals_oracle_in_fp64'"
+AUTO = "test_auto_layout.py"
+BORDERS = "test_regressions.py -k labels_and_positions"
+
+EXCHANGE = [
+    Mutation(
+        "keys are used before they have arrived",
+        "cp/attention.py",
+        "arriving.pop(step.source).wait()",
+        "arriving.pop(step.source)",
+        RING,
+    ),
+    Mutation(
+        "gradients are taken before they have arrived home",
+        "cp/attention.py",
+        "        own, pending = arriving.pop(ring.transport.rank)\n        pending.wait()\n",
+        "        own, pending = arriving.pop(ring.transport.rank)\n",
+        RING,
+    ),
+    Mutation(
+        "columns are used before they have arrived",
+        "cp/attention.py",
+        "    tensor, pending = columns\n    pending.wait()\n",
+        "    tensor, pending = columns\n",
+        RING,
+    ),
+    Mutation(
+        "stale buffer: this rank's own keys are sent on in every step",
+        "cp/attention.py",
+        'ring.send(link, transfer, held[transfer.sends], shape, "keys")',
+        'ring.send(link, transfer, own, shape, "keys")',
+        RING,
+    ),
+    Mutation(
+        "stale buffer: every step computes with this rank's own keys",
+        "cp/attention.py",
+        "yield step, held[step.source]",
+        "yield step, own",
+        RING,
+    ),
+    Mutation(
+        "one buffer sends and receives",
+        "cp/attention.py",
+        "receive = torch.empty(shape, dtype=x.dtype, device=x.device)",
+        "receive = x.view(shape)",
+        GLOO,
+    ),
+    Mutation(
+        "keys and values are swapped",
+        "cp/attention.py",
+        "yield step, held[step.source]",
+        "yield step, held[step.source].flip(0)",
+        RING,
+    ),
+    Mutation(
+        "the gradients that arrive are not added",
+        "cp/attention.py",
+        "            gradient += received\n",
+        "            gradient += 0 * received\n",
+        RING,
+    ),
+    Mutation(
+        "dK and dV of one rank are lost",
+        "cp/attention.py",
+        "step.source, dq, *gradient, scale",
+        "step.source, dq, *(gradient if step.source else gradient.clone()), scale",
+        RING,
+    ),
+    Mutation(
+        "local instead of global lse in the backward",
+        "cp/attention.py",
+        "ctx.save_for_backward(q, k, v, out, lse, *lists)",
+        "local = start(q)\n"
+        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale)\n"
+        "        ctx.save_for_backward(q, k, v, out, local[1], *lists)",
+        RING,
+    ),
+    Mutation(
+        "delta from the out of the local keys",
+        "cp/attention.py",
+        "ctx.save_for_backward(q, k, v, out, lse, *lists)",
+        "local = start(q)\n"
+        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale)\n"
+        "        ctx.save_for_backward(q, k, v, local[0], lse, *lists)",
+        RING,
+    ),
+    Mutation(
+        "the gradients of columns are not summed over ranks",
+        "cp/attention.py",
+        '        ring.all_reduce("backward", dcolumns).wait()\n',
+        "",
+        RING,
+    ),
+    Mutation(
+        "travelling gradients are cast too early",
+        "cp/attention.py",
+        "gradient = torch.zeros(shape, dtype=dtype, device=k.device)",
+        "gradient = torch.zeros(shape, dtype=k.dtype, device=k.device)",
+        PRECISION,
+    ),
+    Mutation(
+        "the carried output is rounded after every step",
+        "cp/attention.py",
+        "bound, step.source, out, lse, scale)\n",
+        "bound, step.source, out, lse, scale)\n            out.copy_(out.to(q.dtype))\n",
+        PRECISION,
+    ),
+    Mutation(
+        "peers are places in the group, not global ranks",
+        "cp/transport.py",
+        "self.groups[channel], self.ranks[send_to], self.ranks[recv_from]",
+        "self.groups[channel], send_to, recv_from",
+        SUBGROUP,
+    ),
+    Mutation(
+        "an all-gather comes in the order of the backend, not of the mesh",
+        "cp/transport.py",
+        "if self.ranks == tuple(sorted(self.ranks)):",
+        "if len(self.ranks) > 0:",
+        SUBGROUP,
+    ),
+]
+
+BATCH = [
+    Mutation(
+        "labels shift after sharding instead of before",
+        "cp/context_parallel.py",
+        "labels=None if labels is None else _take(labels, geometry, IGNORE),",
+        "labels=None if labels is None else torch.nn.functional.pad(\n"
+        '                _take(batch["labels"], geometry, IGNORE)[:, 1:], (0, 1), value=IGNORE),',
+        BORDERS,
+    ),
+    Mutation(
+        "the last token of a document predicts the next document",
+        "cp/batch.py",
+        "inside[row, start : end - 1] = True",
+        "inside[row, start:end] = True",
+        BORDERS,
+    ),
+    Mutation(
+        "the layout is not applied to labels",
+        "cp/context_parallel.py",
+        "_take(labels, geometry, IGNORE)",
+        "_take(labels, geometry.select(held[::-1]), IGNORE)",
+        MODEL,
+    ),
+    Mutation(
+        "padding has labels",
+        "cp/context_parallel.py",
+        "_take(labels, geometry, IGNORE)",
+        "_take(labels, geometry, 0)",
+        MODEL,
+    ),
+    Mutation(
+        "positions are counted from the start of the shard",
+        "cp/context_parallel.py",
+        "return {name: _take(x, geometry, 0) for name, x in (given",
+        "geometry = geometry.select(tuple(range(len(geometry.blocks))))\n"
+        "        return {name: _take(x, geometry, 0) for name, x in (given",
+        BORDERS,
+    ),
+    Mutation(
+        "documents begin one token early",
+        "cp/batch.py",
+        "starts[:, 1:] |= ids[:, 1:] != ids[:, :-1]",
+        "starts[:, :-1] |= ids[:, 1:] != ids[:, :-1]",
+        "test_peers.py -k 'test_mask and 900/63'",
+    ),
+    Mutation(
+        "a document of one token is not found by its position",
+        "cp/batch.py",
+        "positions[:, 1:] != positions[:, :-1] + 1",
+        "positions[:, 1:] < positions[:, :-1]",
+        BORDERS,
+    ),
+    Mutation(
+        "unshard does not undo the layout",
+        "cp/context_parallel.py",
+        "return physical[inverse][: shard.length]",
+        "return physical[: shard.length]",
+        RING,
+    ),
+    Mutation(
+        "plans of all ranks are gathered in physical order",
+        "cp/shard.py",
+        "return torch.cat(held)[order.to(x.device)].movedim(0, dim)",
+        "return torch.cat(held).movedim(0, dim)",
+        RING,
+    ),
+    Mutation(
+        "maxima of the estimate are summed over ranks",
+        "cp/estimate.py",
+        "transport.all_reduce(flat, op).wait()",
+        "transport.all_reduce(flat).wait()",
+        "test_ring.py -k 'plans_do_not_depend and vertical'",
+    ),
+]
+
+LOSS = [
+    Mutation(
+        "the loss is normalised by the labels of this rank",
+        "cp/context_parallel.py",
+        "count = shard.tokens if tokens is None else tokens",
+        "count = int((shard.labels != IGNORE).sum()) if tokens is None else tokens",
+        MODEL,
+    ),
+    Mutation(
+        "labels are counted by each rank alone",
+        "cp/context_parallel.py",
+        "        group.all_reduce(count).wait()\n",
+        "",
+        MODEL,
+    ),
+    Mutation(
+        "the loss is not compensated for the mean that DDP and FSDP take",
+        "cp/context_parallel.py",
+        'scale = group.size if self.grad_reduce == "mean" else 1',
+        "scale = 1",
+        "test_parallel.py -k 'equals_one_process and plain'",
+    ),
+    Mutation(
+        "gradients are summed twice",
+        "cp/loss.py",
+        "parameter.grad = total.to(parameter.dtype)",
+        "parameter.grad = (total + total).to(parameter.dtype)",
+        MODEL,
+    ),
+    Mutation(
+        "gradients are not summed",
+        "cp/loss.py",
+        "        everyone.all_reduce(total).wait()\n        parameter.grad",
+        "        parameter.grad",
+        MODEL,
+    ),
+    Mutation(
+        "a parameter without a gradient on one rank is left out of the sum",
+        "cp/loss.py",
+        "            parameter.grad = torch.zeros_like(parameter)\n",
+        "            continue\n",
+        "test_functional.py -k without_a_gradient",
+    ),
+]
+
+GUARDS = [
+    Mutation(
+        "the comparison of headers is off",
+        "cp/transport.py",
+        "if torch.equal(table, table[:1].expand_as(table)):",
+        "if len(table):",
+        "test_bad_input.py -k another_batch_on_one_rank",
+    ),
+    Mutation(
+        "no header at a transfer in debug mode",
+        "cp/link.py",
+        "    def _prove(self, message: str, *tensors: Tensor) -> None:\n        if self.debug:",
+        "    def _prove(self, message: str, *tensors: Tensor) -> None:\n        if not self.debug:",
+        "test_faults.py -k 'debug_proves and threads'",
+    ),
+    Mutation(
+        "ranks do not compare their layouts",
+        "cp/context_parallel.py",
+        "*contents, shard.layout.digest()]",
+        "*contents, 0]",
+        "test_gloo.py -k 'shard_proves and layout'",
+    ),
+    Mutation(
+        "the fingerprint of a batch ignores the order of tokens",
+        "cp/batch.py",
+        "weights = torch.arange(1, bits.numel() + 1, device=x.device)",
+        "weights = torch.ones(bits.numel(), dtype=torch.int64, device=x.device)",
+        "test_gloo.py -k 'shard_proves and input_ids'",
+    ),
+    Mutation(
+        "the checksum of parameters is off",
+        "cp/context_parallel.py",
+        "if self.model is None or self._step != 1:",
+        "if self.model is None or self._step > 0:",
+        "test_parallel.py -k forgotten",
+    ),
+    Mutation(
+        "lost keys are counted and not reported",
+        "cp/coverage.py",
+        "    if differ:\n",
+        "    if differ < 0:\n",
+        "test_coverage.py -k lost_keys",
+    ),
+    Mutation(
+        "values that are not finite are found and not reported",
+        "cp/finite.py",
+        "    if found:\n",
+        "    if not table:\n",
+        "test_finite.py -k on_every_rank",
+    ),
+    Mutation(
+        "the mask function is not registered",
+        "cp/huggingface.py",
+        "    AttentionMaskInterface.register(NAME, attention_mask)\n",
+        "",
+        "test_huggingface.py -k 'mask_functions or (dense_equals and 2-llama)'",
+    ),
+    Mutation(
+        "layers that ran without context parallelism are not reported",
+        "cp/huggingface.py",
+        "    if missing:\n",
+        "    if not covered:\n",
+        "test_regressions.py -k transformers_layer_that_stays_local",
+    ),
+    Mutation(
+        "interception is lost in recomputation",
+        "cp/functional.py",
+        "            with self.mode:\n",
+        "            with self.mode if whole else torch.enable_grad():\n",
+        CHECKPOINTED,
+    ),
+    Mutation(
+        "the plan is estimated again in recomputation",
+        "cp/shard.py",
+        "new = layer not in self.plans",
+        "new = bool(layer not in self.plans or self.plans)",
+        "test_recomputation.py -k uses_the_plan",
+    ),
+    Mutation(
+        "a model's own scale does not reach attention",
+        "cp/context_parallel.py",
+        "out, lse = ring_attention(q, k, v, bound, around, scale)",
+        "out, lse = ring_attention(q, k, v, bound, around, q.shape[3] ** -0.5)",
+        "test_regressions.py -k scale_of_the_model",
+    ),
+    Mutation(
+        "autocast reaches into attention",
+        "cp/isolated.py",
+        "torch.autocast(device.type, enabled=False)",
+        "torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type))",
+        "test_tensors.py -k autocast",
+    ),
+    Mutation(
+        "errors do not say where in a step they happened",
+        "cp/link.py",
+        "            error.place = self.place\n",
+        "",
+        "test_faults.py -k 'debug_proves and threads'",
+    ),
+    Mutation(
+        "verify compares the sharded output with itself",
+        "cp/verify.py",
+        "(outputs - whole).abs().max(), whole",
+        "(outputs - outputs).abs().max(), whole",
+        "test_trace.py -k verify",
+    ),
+    Mutation(
+        "rotary frequencies follow the longest position of one rank",
+        "cp/context_parallel.py",
+        "shard.last_position = positions.max()",
+        'shard.last_position = shard.tensors["position_ids"].max()',
+        "test_rotary.py -k batches_of_many_lengths",
+    ),
+]
+
+KNOWING = [
+    Mutation(
+        "recall is taken from the wrong rows",
+        "cp/estimate.py",
+        "everywhere(lse[:, :, local].float())",
+        "everywhere(lse[:, :, :count].float())",
+        "test_ring.py -k recall",
+    ),
+    Mutation(
+        "density counts a shared mask once",
+        "cp/record.py",
+        "torch.stack((pairs * (heads // plan.mask_heads), column_pairs, visible))",
+        "torch.stack((pairs, column_pairs, visible))",
+        "test_ring.py -k density",
+    ),
+    Mutation(
+        "the report gives work to the wrong ring step",
+        "cp/record.py",
+        "(rank[:, None] - rank) % transport.size",
+        "(rank[:, None] + rank) % transport.size",
+        AUTO,
+    ),
+    Mutation(
+        "the planner's statistics differ by rank",
+        "cp/record.py",
+        "        total = self.vector.clone()\n        transport.all_reduce(total).wait()\n",
+        "        total = self.vector.clone()\n",
+        AUTO,
+    ),
+    Mutation(
+        "the planner uses the plans of the last step, which may still run",
+        "cp/context_parallel.py",
+        "while len(self._pending) > 1:",
+        "while len(self._pending) > 0:",
+        AUTO,
+    ),
+    Mutation(
+        "a resumed planner forgets the steps in flight",
+        "cp/context_parallel.py",
+        "known = [self._statistics, *self._pending]",
+        "known = [self._statistics]",
+        AUTO,
+    ),
+]
+
+CP = [*EXCHANGE, *BATCH, *LOSS, *GUARDS, *KNOWING]

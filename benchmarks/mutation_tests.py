@@ -1,0 +1,61 @@
+"""Which fast tests answer for which file of the library, for edits drawn at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mutation_run import FLOORS
+
+RING = "test_ring.py -k 'ring_matches_oracle or uneven or density or recall or selection'"
+HUGGINGFACE = "test_huggingface.py -k 'not gpu and not compiled and not wrapped'"
+FUNCTIONAL = "test_functional.py -k 'not gpu and not package'"
+TRITON = "test_triton.py -k 'matches_specification and (packed or sinks or h4 or block16 or float)'"
+
+TESTS = {
+    "kernels/triton_backward.py": TRITON,
+    "kernels/triton_columns.py": TRITON,
+    "kernels/triton_forward.py": TRITON,
+    "kernels/select.py": "test_patterns.py",
+    "kernels/columns.py": RING,
+    "kernels/patterns/": "test_patterns.py",
+    "kernels/": "test_attend.py -k 'not gradcheck'",
+    "balance/layout.py": "test_balance_layout.py",
+    "balance/schedule.py": "test_balance_schedule.py",
+    "balance/": "test_balance_planner.py",
+    "cp/functional.py": FUNCTIONAL,
+    "cp/huggingface.py": HUGGINGFACE,
+    "cp/attach.py": FUNCTIONAL,
+    "cp/loss.py": FUNCTIONAL,
+    "cp/batch.py": FUNCTIONAL + " test_bad_input.py",
+    "cp/context_parallel.py": "test_bad_input.py test_auto_layout.py test_trace.py",
+    "cp/record.py": "test_auto_layout.py " + RING,
+    "cp/coverage.py": "test_coverage.py",
+    "cp/finite.py": "test_finite.py",
+    "cp/isolated.py": "test_tensors.py",
+    "cp/errors.py": "test_faults.py -k 'say_where or debug_proves'",
+    "cp/link.py": "test_faults.py -k 'debug_proves or straggler'",
+    "cp/rotary.py": "test_rotary.py",
+    "cp/verify.py": "test_trace.py -k verify",
+    "cp/mesh.py": "test_gloo.py -k 'groups or subgroup'",
+    "cp/transport.py": "test_gloo.py -k 'oracle or subgroup or proves'",
+    "cp/": RING,
+    "launch/checkpoint.py": "test_checkpoint.py",
+    "launch/optimizer.py": "test_checkpoint.py",
+    "launch/config.py": "test_config.py",
+    "launch/data.py": "test_data.py",
+    "launch/metrics.py": "test_report.py",
+    "launch/summary.py": "test_report.py",
+    "launch/report.py": "test_report.py",
+    "launch/": "test_train.py -k 'resumed or groups or default'",
+}
+
+
+def tests_of(file: str) -> str:
+    """The tests of the longest entry that the file begins with."""
+    return TESTS[max((start for start in TESTS if file.startswith(start)), key=len)]
+
+
+def files_of(library: Path) -> list[str]:
+    """All files that an edit may fall on."""
+    paths = [path for floor in FLOORS for path in sorted((library / floor).rglob("*.py"))]
+    return [str(path.relative_to(library)) for path in paths if path.name != "__init__.py"]
