@@ -16,7 +16,8 @@ from .columns import gather_columns, scatter_columns
 from .geometry import Geometry
 from .plan import Plan
 
-IMPLEMENTATIONS = ("auto", "reference", "triton")
+MODULES = {"reference": ".reference", "triton": ".triton_steps", "hopper": ".hopper_steps"}
+IMPLEMENTATIONS = ("auto", *MODULES)
 
 
 def attend(
@@ -33,7 +34,8 @@ def attend(
 
     q: [B, H, S, D]; k, v: [B, Hk, S, D] with H divisible by Hk; fp16, bf16, fp32 (fp64: reference).
     plan: holds every block of a sequence of S tokens. scale: 1 / sqrt(D) by default.
-    impl: "reference" (plain PyTorch), "triton", or "auto" (triton on a GPU that has it).
+    impl: "reference" (plain PyTorch), "triton", "hopper" (compute capability 9, blocks of 128, bf16 or
+    fp16; the forward over tiles, triton for the rest), or "auto" (triton on a GPU that has it).
     deterministic: bit-identical results from run to run; every present implementation is.
     Returns out like q and the natural-log normaliser lse [B, H, S] (fp32, fp64 for fp64 inputs), both
     differentiable. A query that sees nothing gives out 0, lse -inf and gradient 0.
@@ -122,12 +124,12 @@ def steps(impl: str, x: Tensor) -> ModuleType:
     has_triton = impl != "reference" and importlib.util.find_spec("triton") is not None
     if impl == "auto":
         impl = "triton" if x.is_cuda and has_triton and x.dtype != torch.float64 else "reference"
-    if impl == "triton" and not has_triton:
+    if impl != "reference" and not has_triton:
         raise ImportError(
-            "impl 'triton' needs the package triton, which is not installed; "
+            f"impl {impl!r} needs the package triton, which is not installed; "
             "pip install 'triton>=3.6', or use impl='auto' or 'reference'"
         )
-    return importlib.import_module(f".{impl}" if impl == "reference" else ".triton_steps", __package__)
+    return importlib.import_module(MODULES[impl], __package__)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -168,8 +168,9 @@ def _lists(chosen: Tensor, full: Tensor, capacity: int) -> tuple[Tensor, Tensor,
     num_full, count = full.sum(1, dtype=torch.int32), chosen.sum(1, dtype=torch.int32)
     pointer = torch.nn.functional.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
     rank = torch.where(full, rank_full - 1, num_full[:, None] + (rank_all - rank_full) - 1)
-    place = torch.where(chosen, pointer[:-1, None] + rank, capacity)  # one dump slot at the end
-    entries = torch.zeros(capacity + 1, dtype=torch.int32, device=chosen.device)
+    place = torch.where(chosen, pointer[:-1, None] + rank, capacity)  # a dump slot at the end
+    # Kernels read ahead, up to one entry beyond it.
+    entries = torch.zeros(capacity + 2, dtype=torch.int32, device=chosen.device)
     values = torch.arange(n, dtype=torch.int32, device=chosen.device).expand(chosen.shape[0], n)
     entries.scatter_(0, place.flatten().long(), values.flatten())
     return pointer, num_full, entries

@@ -47,6 +47,10 @@ def _gpu_memory() -> bool:
     return _gpus(1)() and torch.cuda.get_device_properties(0).total_memory >= 100 * 2**30
 
 
+def _hopper() -> bool:
+    return _gpus(1)() and torch.cuda.get_device_capability(0)[0] == 9
+
+
 def _numpy_of_the_interpreter() -> bool:
     return numpy.lib.NumpyVersion(numpy.__version__) < "2.4.0"
 
@@ -89,6 +93,7 @@ TABLE = (
     Need("gpu", _gpus(1), "needs a CUDA device"),
     Need("two gpus", _gpus(2), "needs two CUDA devices"),
     Need("100 GiB of gpu memory", _gpu_memory, "needs a GPU with 100 GiB of memory"),
+    Need("hopper gpu", _hopper, "needs a GPU of compute capability 9"),
     Need("triton", _importable("triton"), "needs triton: pip install triton (Linux)"),
     Need("numpy < 2.4", _numpy_of_the_interpreter, "triton's interpreter needs numpy < 2.4"),
     Need("triton interpreter", _interpreted, "runs in test_in_a_process_of_its_own, interpreted"),
