@@ -188,6 +188,20 @@ LAUNCH = [
         CHECKPOINT,
     ),
     Mutation(
+        "the planner's memory is not restored",
+        "launch/trainee.py",
+        '        self.cp.load_state_dict(state["planner"])\n',
+        "",
+        CHECKPOINT,
+    ),
+    Mutation(
+        "random numbers do not go on where they were",
+        "launch/trainee.py",
+        '        torch.set_rng_state(state["rng"]["cpu"])\n',
+        "",
+        CHECKPOINT,
+    ),
+    Mutation(
         "warmup begins at a learning rate of 0",
         "launch/optimizer.py",
         "return config.lr * (step + 1) / config.warmup",

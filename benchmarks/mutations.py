@@ -54,7 +54,7 @@ def main() -> None:
     began = time.monotonic()
     preload()
     with tempfile.TemporaryDirectory(prefix="sparring-") as folder:
-        library = snapshot(Path(folder))
+        library, versions = snapshot(Path(folder)), find_versions()
         listed = [m for m in LISTED if options.only in m.name or options.only in m.file]
         trials = [
             Trial(m.name, {m.file: m.apply((library / m.file).read_text(encoding="utf-8"))}, m.tests)
@@ -71,7 +71,7 @@ def main() -> None:
             if verdict.outcome == "no tests" or not verdict.imported:
                 raise SystemExit(f"{trial.name}: the tests did not run it\n{verdict.output}")
             say(line(len(verdicts), len(trials), trial, verdict))
-    result = summary(listed, drawn, verdicts) | versions()
+    result = summary(listed, drawn, verdicts) | versions
     result |= {"seed": seed, "jobs": options.jobs, "seconds": round(time.monotonic() - began)}
     if not options.only:
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -161,7 +161,7 @@ def summary(listed, drawn, verdicts: dict[str, Verdict]) -> dict:
     }
 
 
-def versions() -> dict[str, str]:
+def find_versions() -> dict[str, str]:
     import torch
 
     def git(*words: str) -> str:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from sparring.cp import ContextParallel
 from sparring.launch import checkpoint
 from sparring.launch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sparring.launch.config import TrainConfig
+from sparring.launch.data import PackedText, encode, pack
 from sparring.launch.optimizer import Optimizer, learning_rate
+from sparring.launch.trainee import Trainee
 
 CONFIG = TrainConfig(steps=12, warmup=3)
 
@@ -205,6 +208,30 @@ def test_training_goes_on_exactly_after_save_and_load(tmp_path, dtype):
     for left, right in zip(optimizer.weights.values(), again.weights.values(), strict=True):
         assert left.dtype == torch.float32 and torch.equal(left, right)
         assert optimizer.adamw.state[left]["step"] == again.adamw.state[right]["step"] == 12
+
+
+def trainee(seed):
+    """All that changes while a model trains, after `seed` steps of it."""
+    model, cp = model_of(), ContextParallel(None, block_size=16)
+    optimizer = Optimizer(model, CONFIG)
+    learn(model, optimizer, range(seed))
+    rows = pack([encode(bytes(range(1, 200)))], 40)
+    data = PackedText(rows)
+    for _ in range(seed):
+        cp.shard(next(data))
+    torch.manual_seed(seed)
+    return Trainee(model, cp, optimizer, data)
+
+
+def test_everything_that_changes_while_a_model_trains_is_restored(tmp_path):
+    """Weights, optimizer, planner, position in the data, random numbers."""
+    before, after = trainee(3), trainee(1)
+    state = before.state_dict()
+    save_checkpoint(tmp_path, 3, state)
+    drawn = torch.rand(3)
+    after.load_state_dict(load_checkpoint(tmp_path)[1])
+    assert_equal(after.state_dict(), state)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_small_updates_are_not_lost_in_bfloat16():
