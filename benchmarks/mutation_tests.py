@@ -15,6 +15,7 @@ TESTS = {
     "kernels/triton_backward.py": TRITON,
     "kernels/triton_columns.py": TRITON,
     "kernels/triton_forward.py": TRITON,
+    "kernels/hopper": "",  # runs on a GPU only
     "kernels/select.py": "test_patterns.py",
     "kernels/columns.py": RING,
     "kernels/patterns/": "test_patterns.py",
@@ -56,6 +57,7 @@ def tests_of(file: str) -> str:
 
 
 def files_of(library: Path) -> list[str]:
-    """All files that an edit may fall on."""
+    """All files that an edit may fall on: those with tests that run here."""
     paths = [path for floor in FLOORS for path in sorted((library / floor).rglob("*.py"))]
-    return [str(path.relative_to(library)) for path in paths if path.name != "__init__.py"]
+    files = [str(path.relative_to(library)) for path in paths if path.name != "__init__.py"]
+    return [file for file in files if tests_of(file)]
