@@ -18,26 +18,20 @@ from .triton_forward import (
     LOG2E,
     accumulate,
     check,
-    finish,
     intervals,
     launch,
+    merge,
     options,
     query_intervals,
     query_program,
-    resume,
     rows_of,
     square,
+    unseen,
     visible,
 )
 
 _PROGRAMS = 512  # column tiles are split by rows until there are about so many programs
 _SCAN = tl.constexpr(128)  # rows looked at together when a column tile searches for its queries
-
-
-def column_lists(bound: BoundPlan) -> tuple[Tensor, ...]:
-    """Columns, their group per row (or a stand-in), and the range that each row can see."""
-    group = bound.column_begin if bound.column_group is None else bound.column_group
-    return bound.tiles, bound.columns, group, bound.column_begin, bound.column_end
 
 
 def forward_columns(q, ck, cv, bound: BoundPlan, out, lse, scale: float) -> None:
@@ -185,7 +179,7 @@ def _forward_columns(
     )
     query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
     queries = rows_of(q + offset * DIM, query_square, DIM, WIDTH, TYPE)
-    peak, total, acc = resume(out + offset * DIM, lse + offset, query_square, QUERIES, DIM, WIDTH)
+    peak, total, acc = unseen(out.dtype.element_ty, QUERIES, WIDTH)
     for i in range(0, tl.cdiv(end - begin, KEYS)):
         first = begin + i * KEYS
         kept = tl.arange(0, KEYS) < end - first
@@ -196,7 +190,7 @@ def _forward_columns(
         kept = _outside_tiles(tiles, position, kept, BLOCK)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
         peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
-    finish(out + offset * DIM, lse + offset, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
+    merge(out + offset * DIM, lse + offset, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=COUNTS)

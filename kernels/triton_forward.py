@@ -224,21 +224,32 @@ def accumulate(q, k, v, seen, scale, peak, total, acc, MASKED: tl.constexpr, PRE
 
 
 @triton.jit
-def resume(out, lse, places, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """peak, total, acc from the carried state; rows that have seen nothing are not read."""
-    peak = tl.load(lse + tl.arange(0, COUNT))
-    started = peak != float("-inf")
-    kept = started[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
-    acc = tl.load(out + places, mask=kept, other=0.0)
-    return peak * LOG2E, tl.where(started, 1.0, 0.0).to(acc.dtype), acc
+def unseen(TYPE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """peak, total, acc of queries that have seen nothing."""
+    peak = tl.full([COUNT], float("-inf"), TYPE)
+    return peak, tl.zeros([COUNT], TYPE), tl.zeros([COUNT, WIDTH], TYPE)
 
 
 @triton.jit
-def finish(out, lse, places, peak, total, acc, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Stores the state that `resume` reads."""
+def merge(out, lse, places, peak, total, acc, COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Merges what these keys give into the carried out and lse; rows that had seen nothing are not read.
+
+    Merged at the end, because weights relative to the peak of these keys alone round the largest one, 1,
+    exactly; relative to a carried lse they would not.
+    """
     total = tl.where(total == 0.0, 1.0, total)  # peak is -inf there
-    tl.store(lse + tl.arange(0, COUNT), (peak + tl.log2(total)) * LN2)
-    tl.store(out + places, acc / total[:, None], mask=(tl.arange(0, WIDTH) < DIM)[None, :])
+    peak += tl.log2(total)
+    lse += tl.arange(0, COUNT)
+    carried = tl.load(lse) * LOG2E
+    top = tl.maximum(carried, peak)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    kept, added = tl.exp2(carried - shift), tl.exp2(peak - shift)
+    both = tl.where(top == float("-inf"), 1.0, kept + added)
+    tl.store(lse, (top + tl.log2(both)) * LN2)
+    inside = (tl.arange(0, WIDTH) < DIM)[None, :]
+    known = tl.load(out + places, mask=(kept > 0.0)[:, None] & inside, other=0.0)
+    acc = acc * (added / (both * total))[:, None] + known * (kept / both)[:, None]
+    tl.store(out + places, acc, mask=inside)
 
 
 @triton.jit
@@ -297,7 +308,7 @@ def _forward(
     k, v = k + key_offset, v + key_offset
     query_square, key_square = square(QUERIES, DIM, WIDTH), square(KEYS, DIM, WIDTH)
     queries = rows_of(q, query_square, DIM, WIDTH, TYPE)
-    peak, total, acc = resume(out, lse, query_square, QUERIES, DIM, WIDTH)
+    peak, total, acc = unseen(out.dtype.element_ty, QUERIES, WIDTH)
     # The next entry is read one iteration ahead, so that the loads of keys do not wait for it.
     # Lists have one readable entry past their end.
     SPLIT: tl.constexpr = BLOCK // KEYS
@@ -320,4 +331,4 @@ def _forward(
         values = rows_of(v + first, key_square, DIM, WIDTH, TYPE)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX)
         peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
-    finish(out, lse, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
+    merge(out, lse, query_square, peak, total, acc, QUERIES, DIM, WIDTH)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import machine
 import pytest
@@ -75,7 +76,8 @@ def step_by_step(q, k, v, bound, sources: int):
 def test_forward_matches_the_reference(monkeypatch, mask, heads, dim, dtype, sources, programs):
     """Few programs take many query tiles each, one after the other."""
     properties = torch.cuda.get_device_properties(0)
-    fewer = type("Properties", (), {"multi_processor_count": min(programs, properties.multi_processor_count)})
+    count = min(programs, properties.multi_processor_count)
+    fewer = SimpleNamespace(multi_processor_count=count, major=properties.major, minor=properties.minor)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: fewer)
     g = torch.Generator("cuda").manual_seed(0)
     shape = geometry(mask)
