@@ -96,8 +96,8 @@ class Distributed:
         group, to, source = self.groups[channel], self.ranks[send_to], self.ranks[recv_from]
         operations = [dist.P2POp(dist.irecv, x, source, group) for x in receive]
         operations += [dist.P2POp(dist.isend, x, to, group) for x in send]
-        both = source if source == to else None
-        with self._typed(f"{channel} not exchanged with ranks {source} and {to}", both):
+        peers = (f"rank {to}", to) if source == to else (f"ranks {source} and {to}", None)
+        with self._typed(f"{channel} not exchanged with {peers[0]}", peers[1]):
             works = dist.batch_isend_irecv(operations)
         what = [(f"no {channel} from rank {source}", source)] * len(receive)
         what += [(f"{channel} not taken by rank {to}", to)] * len(send)

@@ -98,6 +98,7 @@ TABLE = (
     Need("numpy < 2.4", _numpy_of_the_interpreter, "triton's interpreter needs numpy < 2.4"),
     Need("triton interpreter", _interpreted, "runs in test_in_a_process_of_its_own, interpreted"),
     Need("triton compiled", _compiled, "needs triton, not imported for its interpreter"),
+    Need("ruff", _importable("ruff"), "needs ruff: pip install ruff"),
     Need("peft", _importable("peft"), "needs peft: pip install peft"),
     Need("ray", _importable("ray"), "needs Ray: pip install 'sparring[ray]'"),
     Need("c++ compiler", lambda: shutil.which("g++") is not None, "torch.compile needs a C++ compiler"),

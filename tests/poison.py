@@ -26,6 +26,7 @@ def poisoned():
 def _filled(make):
     def filled(*args, **options):
         x = make(*args, **options)
-        return x.fill_(torch.nan if x.is_floating_point() else 127)
+        with torch.no_grad():  # x may be a leaf that requires a gradient
+            return x.fill_(torch.nan if x.is_floating_point() else 127)
 
     return filled

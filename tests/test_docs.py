@@ -62,7 +62,11 @@ COMMANDS = {
     "python benchmarks/mutations.py": "--only merge --random 0",
 }
 DRY = {"make test-full"}  # writes the table of results, and runs this file: only looked at
-NEEDS = {"python benchmarks/kernels.py": "gpu"}  # what a machine must have, in the words of machine.py
+NEEDS = {  # what a machine must have, in the words of machine.py
+    "python benchmarks/kernels.py": "gpu",
+    "python benchmarks/mutations.py": "numpy < 2.4",
+    "make lint": "ruff",
+}
 PROGRAMS = ("make ", "python ", "python3 ", "torchrun ", "sparring ", "pip ", "ARGS=")
 
 

@@ -50,17 +50,18 @@ def error_of(body):
     return None, time.monotonic() - start
 
 
-def in_process(name: str, *args):
+def in_process(name: str, patience: float, *args):
     """A body of this module on a rank of the pool."""
     mesh = init_device_mesh(fault_worker.device(), (dist.get_world_size(),), mesh_dim_names=("cp",))
-    return globals()[name](connect(mesh, ("cp",), (), PATIENCE).ring, *args)
+    return globals()[name](connect(mesh, ("cp",), (), patience).ring, *args)
 
 
-def on_ranks(where: str, world: int, body, *args) -> list:
+def on_ranks(where: str, world: int, body, *args, patience: float = PATIENCE) -> list:
     """body(transport, *args) on ranks that are threads, processes over gloo, or GPUs over NCCL."""
     if where == "threads":
         return run_threads(world, lambda transport: body(transport, *args), timeout=10 * PATIENCE)
-    return pool.run(world, in_process, body.__name__, *args, backend={"gpus": "nccl"}.get(where, "gloo"))
+    backend = {"gpus": "nccl"}.get(where, "gloo")
+    return pool.run(world, in_process, body.__name__, patience, *args, backend=backend)
 
 
 def mostly_full(few: list, *factors) -> list:
@@ -162,7 +163,7 @@ def train_late(transport, rank: int | None, seconds: float):
 )
 def test_a_straggler_changes_nothing_and_is_named(where, world, rank, seconds):
     (expected, _), *_ = on_ranks("threads", world, train_late, None, 0.0)
-    for tensors, report in on_ranks(where, world, train_late, rank, seconds):
+    for tensors, report in on_ranks(where, world, train_late, rank, seconds, patience=30.0):
         for actual, x in zip(tensors, expected, strict=True):
             assert oracle.max_error(actual.cpu(), x) <= (2e-5 if where == "gpus" else 1e-6)
         assert report.straggler == rank and f"the others waited for rank {rank}" in str(report)

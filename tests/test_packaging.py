@@ -11,6 +11,7 @@ from pathlib import Path
 
 import machine
 import pytest
+from transformers.utils import import_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cp", "kernels", "kernels/patterns", "balance", "launch")
@@ -104,9 +105,10 @@ def __getattr__(name):
 
 def test_the_installed_wheel_leaves_the_kernels_package_of_transformers_alone(clean, tmp_path):
     """It imports without the checkout, and beside a `kernels` of the version that transformers wants."""
-    (tmp_path / "kernels-0.18.2.dist-info").mkdir()
-    metadata = "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n"
-    (tmp_path / "kernels-0.18.2.dist-info" / "METADATA").write_text(metadata)
+    wanted = import_utils.KERNELS_MIN_VERSION
+    info = tmp_path / f"kernels-{wanted}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {wanted}\n")
     (tmp_path / "kernels.py").write_text(STUB)
     code = (
         "import sys; sys.path.insert(0, '.'); from importlib.util import find_spec;"
