@@ -1,335 +1,365 @@
-"""Speed of the attention kernels on one GPU, against dense cuDNN attention in the same run.
+"""Speed of the attention kernels on one GPU, in one run: ours, cuDNN dense, FlexAttention on the same tiles.
 
-    python benchmarks/kernels.py                 # 32k, D 64 and 128, dense causal and random tiles
-    python benchmarks/kernels.py --columns 1024  # columns as well
-    python benchmarks/kernels.py --sweep         # which configuration of each kernel is fastest
-    python benchmarks/kernels.py --compile       # registers and spills for sm_90; needs no GPU
+    python benchmarks/kernels.py                   # the cases that the targets below speak of
+    python benchmarks/kernels.py --cases all       # lengths 8k to 512k, head dims, densities, masks
+    python benchmarks/kernels.py --draw            # only draws the picture of a CSV
 
-FLOPs: 4 * D for every visible (query, key) pair of a chosen tile or column, 2.5 times that in the
-backward. `kernel` rows time the steps on a bound plan, `attend` rows everything that a user calls.
+Checked against the reference first. TFLOP/s count 4 * D for every visible pair of a chosen tile, 2.5 times
+that backward. Lists are built before; `hopper` and `triton` are kernels on them, with fp32 results.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
-import re
 import subprocess
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparring.kernels import Geometry, Plan, attend, bind
-from sparring.kernels import triton_backward as backward
-from sparring.kernels import triton_columns as columns
-from sparring.kernels import triton_forward as forward
-from sparring.kernels.attention import start
+from sparring.kernels import (
+    Geometry,
+    Plan,
+    bind,
+    hopper_deterministic_steps,
+    hopper_steps,
+    reference,
+    triton_steps,
+)
+from sparring.kernels.attention import output_delta
 from sparring.kernels.columns import gather_columns
-from sparring.kernels.triton_forward import CONFIGS, Config
+from sparring.kernels.geometry import FULL, PARTIAL
 
 RESULTS = Path(__file__).parent / "results"
-CANDIDATES = {
-    ("forward", 64): [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)],
-    ("forward", 128): [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)],
-    ("dq", 64): [(128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 3)],
-    ("dq", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3)],
-    ("dkv", 64): [(64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3), (32, 128, 4, 3)],
-    ("dkv", 128): [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 8, 3), (64, 64, 4, 2)],
-    ("forward_columns", 64): [(128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 3)],
-    ("forward_columns", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3)],
-    ("dq_columns", 64): [(128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
-    ("dq_columns", 128): [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3)],
-    ("dkv_columns", 64): [(64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 8, 3), (128, 64, 8, 2)],
-    ("dkv_columns", 128): [(64, 64, 8, 2), (64, 64, 8, 3), (32, 64, 4, 3), (64, 128, 8, 2)],
-}
+OURS = {"hopper": hopper_steps, "hopper deterministic": hopper_deterministic_steps, "triton": triton_steps}
+OTHERS = ("cudnn", "flex")
 
 
-def make(options, dim: int, density: float, length: int, device="cuda", seed: int = 0):
-    """q, k, v, dout, plan: random tiles of a causal mask, and columns if asked for."""
-    g = torch.Generator(device).manual_seed(seed)
-    shape = (1, options.heads, length, dim)
+@dataclass(frozen=True)
+class Case:
+    """tiles: random, or random with one sink column (sink); columns: random ones for each head as well.
+
+    sources: ring steps, one after the other.
+    """
+
+    density: float
+    length: int = 32768
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    tiles: str = "random"
+    columns: int = 0
+    sources: int = 1
+
+
+QUICK = (Case(1.0, 8192), Case(0.1, 8192))
+TARGETS = (
+    *(Case(density) for density in (1.0, 0.25, 0.1, 0.05)),
+    Case(0.05, tiles="sink"),
+    *(Case(density, dim=64) for density in (1.0, 0.1)),
+    Case(0.05, 131072, 16, 4),
+    Case(0.05, 131072, 16, 4, sources=8),
+)
+ALL = (
+    *TARGETS,
+    *(Case(density, length) for length in (8192, 131072) for density in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)),
+    *(Case(density, heads=16, kv_heads=2) for density in (1.0, 0.1)),
+    *(Case(density, dim=64) for density in (0.5, 0.25, 0.05, 0.02)),
+    Case(0.1, 131072, 16, 4, columns=1024),
+    Case(0.02, 524288, 8, 2),
+)
+DENSE, SPARSE = Case(1.0), {density: Case(density) for density in (0.25, 0.1, 0.05)}
+LONG, RING = Case(0.05, 131072, 16, 4), Case(0.05, 131072, 16, 4, sources=8)
+NARROW, SINK = Case(1.0, dim=64), Case(0.05, tiles="sink")
+
+
+def asked() -> list[tuple[str, tuple, tuple, float]]:
+    """The targets: name, (implementation, direction, case) of two rates, their least ratio."""
+
+    def of(case, way, name="hopper"):
+        return name, way, case
+
+    rows = []
+    for way, cudnn, flex, sparse, long, sink, ring in (
+        ("forward", 1.05, 1.4, (0.95, 0.92, 0.87), 0.95, 1.05, 1.15),
+        ("backward", 1.0, 1.35, (0.0, 0.92, 0.87), 0.83, 1.10, 1.08),
+    ):
+        dense, tenth = of(DENSE, way), SPARSE[0.1]
+        rows.append((f"{way}, dense / cuDNN", dense, of(DENSE, way, "cudnn"), cudnn))
+        for (density, case), floor in zip(SPARSE.items(), sparse, strict=True):
+            rows.append((f"{way}, density {density} / own dense", of(case, way), dense, floor))
+        rows.append((f"{way}, 128k, density 0.05 / own dense", of(LONG, way), dense, long))
+        rows.append((f"{way}, density 0.1 / FlexAttention", of(tenth, way), of(tenth, way, "flex"), flex))
+        rows.append((f"{way}, one sink column / uniform", of(SINK, way), of(SPARSE[0.05], way), 1 / sink))
+        rows.append((f"{way}, 8 ring steps / one pass", of(RING, way), of(LONG, way), 1 / ring))
+    deterministic, cudnn = of(DENSE, "backward", "hopper deterministic"), of(DENSE, "backward", "cudnn")
+    rows.append(("backward, deterministic, dense / cuDNN", deterministic, cudnn, 0.87))
+    rows.append(("forward, D=64, dense / cuDNN", of(NARROW, "forward"), of(NARROW, "forward", "cudnn"), 1.0))
+    return rows
+
+
+def make(case: Case, seed: int = 0) -> tuple:
+    """q, k, v, dout and a plan with a mask of its own for every query head, causal."""
+    g = torch.Generator("cuda").manual_seed(seed)
 
     def normal(heads):
-        size = (1, heads, *shape[2:])
-        return torch.randn(size, generator=g, device=device).to(torch.bfloat16)
+        shape = (1, heads, case.length, case.dim)
+        return torch.randn(shape, generator=g, device="cuda", dtype=torch.float32).to(torch.bfloat16)
 
-    geometry = Geometry.causal(1, length, options.block_size, device=device)
-    blocks = geometry.num_blocks
-    tiles = torch.rand((1, options.mask_heads, blocks, blocks), generator=g, device=device) < density
-    chosen = None
-    if options.columns:
-        count = (1, options.mask_heads, 1, options.columns)
-        chosen = torch.randint(0, length, count, generator=g, device=device)
-    plan = Plan.build(geometry, tiles, chosen)
-    return (
-        normal(options.heads),
-        normal(options.kv_heads),
-        normal(options.kv_heads),
-        normal(options.heads),
-        plan,
-    )
+    geometry = Geometry.causal(1, case.length, device="cuda")
+    shape = (1, case.heads, geometry.num_blocks, geometry.num_blocks)
+    tiles = torch.rand(shape, generator=g, device="cuda") < case.density
+    if case.tiles == "sink":
+        tiles[..., 0] = True
+    columns = None
+    if case.columns:
+        shape = (1, case.heads, 1, case.columns)
+        columns = torch.randint(0, case.length, shape, generator=g, device="cuda")
+    plan = Plan.build(geometry, tiles, columns)
+    return normal(case.heads), normal(case.kv_heads), normal(case.kv_heads), normal(case.heads), plan
 
 
-def elements(plan: Plan, heads: int) -> int:
-    """Visible pairs that all query heads compute."""
-    tiles = (plan.tiles_bool() * plan.geometry.visible_elements[:, None]).sum(dtype=torch.float64)
-    total = float(tiles) * heads / plan.mask_heads
-    if plan.columns is not None:
-        pairs = plan.column_elements()
-        total += float(pairs.sum(dtype=torch.float64)) * heads / pairs.shape[1]
-    return int(total)
+def pairs(plan: Plan) -> float:
+    """Visible pairs of all chosen tiles and columns."""
+    visible = plan.geometry.visible_elements[:, None]
+    total = float((plan.tiles_bool() * visible).sum(dtype=torch.float64))
+    return total + (0 if plan.columns is None else float(plan.column_elements().sum(dtype=torch.float64)))
 
 
-class Steps:
-    """The kernels on a bound plan, with everything around them taken away."""
+class Ours:
+    """The kernels on a plan that is bound to `sources` parts of the keys."""
 
-    def __init__(self, q, k, v, dout, plan):
-        self.q, self.k, self.v, self.dout, self.scale = q, k, v, dout, q.shape[3] ** -0.5
-        self.bound = bind(plan, (plan.geometry.blocks,))
-        self.columns = None
-        if plan.columns is not None:
-            self.columns = [gather_columns(x, plan) for x in (k, v)]
-        self.out, self.lse = start(q)
-        self.delta = torch.zeros_like(self.lse)
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-        self.dcolumns = [torch.zeros_like(x, dtype=torch.float32) for x in self.columns or ()]
+    def __init__(self, name: str, case: Case, q, k, v, dout, plan):
+        self.steps = OURS[name]
+        blocks, per = plan.geometry.blocks, -(-plan.geometry.num_blocks // case.sources)
+        self.bound = bind(plan, tuple(blocks[i * per : (i + 1) * per] for i in range(case.sources)))
+        self.parts = [
+            (k[:, :, i * per * 128 :][:, :, : per * 128].contiguous(),
+             v[:, :, i * per * 128 :][:, :, : per * 128].contiguous())
+            for i in range(case.sources)
+        ]  # fmt: skip
+        self.q, self.dout, self.scale = q, dout, q.shape[3] ** -0.5
+        self.columns = None if plan.columns is None else [gather_columns(x, plan) for x in (k, v)]
+        self.out, self.lse = torch.empty_like(q, dtype=torch.float32), q.new_empty(q.shape[:3]).float()
+        self.forward()
+        self.delta = output_delta(self.out, dout, torch.zeros_like(self.lse))
+        self.dq = torch.zeros_like(self.out)
+        self.sums = [[torch.zeros_like(x, dtype=torch.float32) for x in part] for part in self.parts]
+        self.column_sums = [torch.zeros_like(x, dtype=torch.float32) for x in self.columns or ()]
 
-    def forward(self, tiles=True):
-        self.lse.fill_(-torch.inf)
-        state = (self.bound, self.out, self.lse, self.scale)
-        if tiles:
-            bound, *rest = state
-            forward.forward_step(self.q, self.k, self.v, bound, 0, *rest)
+    def forward(self):
+        state = self.out, self.lse, self.scale
+        for i, part in enumerate(self.parts):
+            self.steps.forward_step(self.q, *part, self.bound, i, *state, fresh=i == 0)
         if self.columns:
-            columns.forward_columns(self.q, *self.columns, *state)
+            self.steps.forward_columns(self.q, *self.columns, self.bound, *state)
 
-    def backward(self, tiles=True):
+    def backward(self):
         given = (self.dout, self.lse, self.delta, self.bound)
-        if tiles:
-            sums = (self.dq, self.dk, self.dv)
-            backward.backward_step(self.q, self.k, self.v, *given, 0, *sums, self.scale)
+        for i, part in enumerate(self.parts):
+            self.steps.backward_step(self.q, *part, *given, i, self.dq, *self.sums[i], self.scale)
         if self.columns:
-            columns.backward_columns(self.q, *self.columns, *given, self.dq, *self.dcolumns, self.scale)
+            self.steps.backward_columns(self.q, *self.columns, *given, self.dq, *self.column_sums, self.scale)
+
+    def results(self) -> list:
+        """out, dq, dk, dv."""
+        self.backward()
+        return [self.out, self.dq, *(torch.cat(x, 2) for x in zip(*self.sums, strict=True))]
 
 
-def milliseconds(function) -> float:
-    return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+class Others:
+    """A differentiable function of q, k, v."""
+
+    def __init__(self, name: str, case: Case, q, k, v, dout, plan):
+        self.leaves, self.dout = [x.detach().requires_grad_() for x in (q, k, v)], dout
+        if name == "cudnn":
+            group = case.heads // case.kv_heads
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+            self.leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            self.function = partial(scaled_dot_product_attention, is_causal=True)
+        else:
+            mask = block_mask(plan)
+            self.function = partial(FLEX, block_mask=mask, enable_gqa=True)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            self.out = self.function(*self.leaves)
+
+    def forward(self):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return self.function(*self.leaves)
+
+    def backward(self):
+        return torch.autograd.grad(self.out, self.leaves, self.dout, retain_graph=True)
+
+    def results(self) -> list:
+        return [self.out, *self.backward()]
 
 
-def check(options, dim: int) -> None:
-    """The compiled kernels against the reference on a short sequence; raises if they disagree."""
-    q, k, v, dout, plan = make(options, dim, 0.3, 8 * options.block_size)
-    results = []
-    for impl, dtype in (("triton", torch.bfloat16), ("reference", torch.float32)):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out, lse = attend(*leaves, plan, impl=impl)
-        grads = torch.autograd.grad(out, leaves, dout.to(dtype))
-        results.append([x.detach().float() for x in (out, lse, *grads)])
-    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
-        error = float((actual - expected).abs().max() / expected.abs().max())
-        print(f"D={dim} {name:3}: relative error {error:.1e}")
-        if not error < 2e-2:
-            raise SystemExit(f"{name} is wrong; nothing is timed")
+FLEX = torch.compile(flex_attention)
 
 
-def attention_rows(options, dim: int) -> list[dict]:
-    """One row per density, implementation and direction."""
+def block_mask(plan: Plan) -> BlockMask:
+    """The same tiles for FlexAttention."""
+    chosen, kind = plan.tiles_bool(), plan.geometry.tile_class[:, None]
+
+    def ordered(tiles):
+        order = tiles.byte().argsort(dim=-1, descending=True, stable=True)
+        return tiles.sum(-1, dtype=torch.int32), order.int()
+
+    def causal(batch, head, q, k):
+        return q >= k
+
+    some, full = ordered(chosen & (kind == PARTIAL)), ordered(chosen & (kind == FULL))
+    return BlockMask.from_kv_blocks(*some, *full, BLOCK_SIZE=128, mask_mod=causal)
+
+
+def build(name: str, case: Case, tensors) -> Ours | Others:
+    return (Others if name in OTHERS else Ours)(name, case, *tensors)
+
+
+def check(names, dims) -> None:
+    """Every implementation against the reference on a short sequence; raises if they disagree."""
+    for dim in dims:
+        for name in names:
+            case = Case(1.0 if name == "cudnn" else 0.4, 1024, 8, 2, dim)
+            q, k, v, dout, plan = make(case)
+            v += 1
+            bound = bind(plan, (plan.geometry.blocks,))
+            wide, scale = [x.float() for x in (q, k, v, dout)], dim**-0.5
+            out, lse = torch.empty_like(wide[0]), torch.empty(q.shape[:3], device="cuda")
+            reference.forward_step(*wide[:3], bound, 0, out, lse, scale, fresh=True)
+            grads = [torch.zeros_like(x) for x in wide[:3]]
+            delta = output_delta(out, wide[3], torch.zeros_like(lse))
+            reference.backward_step(*wide, lse, delta, bound, 0, *grads, scale)
+            found = build(name, case, (q, k, v, dout, plan)).results()
+            for what, x, y in zip(("out", "dq", "dk", "dv"), found, (out, *grads), strict=True):
+                if name == "cudnn" and what in ("dk", "dv"):
+                    x = x.unflatten(1, (2, 4)).float().sum(2)
+                error = float((x.detach().float() - y).abs().max() / y.abs().max())
+                if not error < 2e-2:
+                    raise SystemExit(f"{name}, D={dim}: {what} is wrong by {error:.1e}; nothing is timed")
+        print(f"D={dim}: {', '.join(names)} agree with the reference", flush=True)
+
+
+def milliseconds(function: Callable) -> float:
+    return triton.testing.do_bench(function, warmup=25, rep=60, return_mode="median")
+
+
+def measure(case: Case, names) -> list[dict]:
+    """One row per implementation and direction."""
+    tensors = make(case)
+    count, blocks = pairs(tensors[-1]), case.length // 128
     rows = []
-
-    def add(name, density, forward_ms, backward_ms, pairs):
-        for direction, ms, factor in (("forward", forward_ms, 4), ("backward", backward_ms, 10)):
-            rate = factor * dim * pairs / ms / 1e9
-            rows.append(dict(what=name, direction=direction, dim=dim, density=density, ms=ms, tflops=rate))
-            print(f"D={dim} density {density:5.3f} {name:7} {direction:8} {ms:8.3f} ms {rate:6.1f} TFLOP/s")
-
-    q, k, v, dout, plan = make(options, dim, 1.0, options.length)
-    dense = options.heads * options.length * (options.length + 1) // 2
-    group = options.heads // options.kv_heads
-    wide = [q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        add(
-            "cudnn", 1.0, *both_ways(partial(scaled_dot_product_attention, is_causal=True), wide, dout), dense
-        )
-    for density in options.densities:
-        q, k, v, dout, plan = make(options, dim, density, options.length)
-        pairs = elements(plan, options.heads)
-        steps = Steps(q, k, v, dout, plan)
-        add("kernel", pairs / dense, milliseconds(steps.forward), milliseconds(steps.backward), pairs)
-        del steps
-        times = both_ways(lambda *x, plan=plan: attend(*x, plan, impl="triton")[0], [q, k, v], dout)
-        add("attend", pairs / dense, *times, pairs)
-    return rows
-
-
-def both_ways(function, inputs, dout) -> tuple[float, float]:
-    """Milliseconds of forward and backward of a differentiable function."""
-    leaves = [x.requires_grad_() for x in inputs]
-    out = function(*leaves)
-    with torch.no_grad():
-        ms = milliseconds(lambda: function(*leaves))
-    return ms, milliseconds(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-
-
-def sweep_rows(options, dim: int) -> list[dict]:
-    """Times every candidate of every kernel; a kernel's own time stands out against its fixed partner."""
-    rows = []
-    for kernel, candidates in ((name, c) for (name, width), c in CANDIDATES.items() if width == dim):
-        of_columns = kernel.endswith("columns")
-        if of_columns and not options.columns:
+    for name in names:
+        if (name == "cudnn" and case.density < 1) or (name in OTHERS and (case.sources > 1 or case.columns)):
             continue
-        for density in options.densities if not of_columns else options.densities[-1:]:
-            steps = Steps(*make(options, dim, density, options.length))
-            steps.columns = steps.columns if of_columns else None
-            steps.forward()  # the backward needs a true lse
-            run = partial(steps.forward if kernel.startswith("forward") else steps.backward, not of_columns)
-            for candidate in candidates:
-                ms = timed(kernel, dim, candidate, run)
-                rows.append(dict(what=kernel, config=candidate, dim=dim, density=density, ms=ms))
-                shape = "{}x{} warps {} stages {}".format(*candidate)
-                print(f"D={dim} density {density:5.3f} {kernel:15} {shape:26} {ms:8.3f} ms", flush=True)
-            del steps
+        if name == "flex" and case.length > 131072:
+            continue  # its lists alone would need tens of GB
+        run = build(name, case, tensors)
+        for way, factor in (("forward", 4), ("backward", 10)):
+            if name == "hopper deterministic" and way == "forward":
+                continue
+            ms = milliseconds(getattr(run, way))
+            rate = factor * case.dim * count / ms / 1e9
+            tiles = count / case.heads / blocks / 128**2
+            row = dict(impl=name, direction=way, **asdict(case), tiles_per_row=tiles, ms=ms, tflops=rate)
+            rows.append(row)
+        of_run = "  ".join(f"{row['tflops']:8.1f}" for row in rows if row["impl"] == name)
+        print(f"{describe(case)} {name:20} {of_run:>18}", flush=True)
+        del run
     return rows
 
 
-def timed(kernel: str, dim: int, candidate: tuple, run) -> float:
-    shipped = CONFIGS[kernel, dim, 2]
-    try:
-        CONFIGS[kernel, dim, 2] = Config(*candidate)
-        forward.config.cache_clear()
-        run()
-        return milliseconds(run)
-    except triton.runtime.errors.OutOfResources:
-        return float("nan")
-    finally:
-        CONFIGS[kernel, dim, 2] = shipped
-        forward.config.cache_clear()
+def describe(case: Case) -> str:
+    ring = f" in {case.sources} steps" if case.sources > 1 else ""
+    shape = f"{case.length // 1024}k {case.heads}/{case.kv_heads} D={case.dim}"
+    columns = f", {case.columns} columns" if case.columns else ""
+    return f"{shape:17} {case.density:4.2f} {case.tiles + columns + ring:22}"
 
 
-def warm(job) -> None:
-    """Compiles the kernels of one candidate into Triton's cache, in a process of its own."""
-    options, kernel, dim, candidate = job
-    CONFIGS[kernel, dim, 2] = Config(*candidate)
-    steps = Steps(*make(options, dim, 0.5, 8 * options.block_size))
-    try:
-        steps.forward() if kernel.startswith("forward") else steps.backward()
-    except triton.runtime.errors.OutOfResources:
-        pass
+def report(rows: list[dict]) -> None:
+    """The targets: asked and measured; and c of efficiency = n / (n + c), by least squares."""
+    rate = {(r["impl"], r["direction"], Case(**{f: r[f] for f in asdict(DENSE)})): r["tflops"] for r in rows}
+    print(f"\n{'ratio':48} {'asked':>6} {'measured':>9}")
+    for name, above, below, floor in asked():
+        if above in rate and below in rate:
+            ratio = rate[above] / rate[below]
+            print(f"{name:48} {floor:6.2f} {ratio:9.2f} {'' if ratio >= floor else 'missed'}")
+    for way in ("forward", "backward"):
+        some = [r for r in rows if r["impl"] == "hopper" and r["direction"] == way]
+        some = [r for r in some if Case(**{f: r[f] for f in asdict(DENSE)}) in (DENSE, *SPARSE.values())]
+        if len(some) > 1:
+            top = max(r["tflops"] for r in some)
+            x = torch.tensor([[1 / r["tiles_per_row"]] for r in some])
+            y = torch.tensor([[top / r["tflops"] - 1] for r in some])
+            print(f"{way}: c = {float(torch.linalg.lstsq(x, y).solution):.2f} tiles a row")
 
 
-def warm_all(options) -> None:
-    jobs = [(options, kernel, dim, c) for (kernel, dim), many in CANDIDATES.items() for c in many]
-    jobs = [job for job in jobs if job[2] in options.dims]
-    jobs = [job for job in jobs if options.columns or not job[1].endswith("columns")]
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(warm, jobs))
+def draw(path: Path) -> None:
+    """TFLOP/s by density at 32k, head dim 128."""
+    import matplotlib.pyplot as plt
+
+    with path.open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["length"] == "32768" and r["dim"] == "128"]
+    rows = [r for r in rows if (r["tiles"], r["columns"], r["heads"]) == ("random", "0", "32")]
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
+        for name in (*OURS, *OTHERS):
+            points = sorted((float(r["density"]), float(r["tflops"])) for r in rows
+                            if r["impl"] == name and r["direction"] == way)  # fmt: skip
+            if points and name == "cudnn":
+                axis.axhline(points[0][1], color="gray", linestyle="--", label="cuDNN, dense")
+            elif points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(xscale="log", xlabel="density of chosen tiles", title=way)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("TFLOP/s of active tiles")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"S = 32768, 32/8 heads of 128, bf16, causal, {rows[0]['gpu']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
-def compile_report(options, dim: int) -> None:
-    """Compiles every kernel for sm_90 as shipped; prints what ptxas says. Needs no GPU."""
-    launches = []
-    for module in (forward, backward, columns):
-        module.check = lambda *_: None
-        module.launch = lambda kernel, _, __, arguments, **meta: launches.append((kernel, arguments, meta))
-    options.columns = options.columns or 64
-    steps = Steps(*make(options, dim, 1.0, 4 * options.block_size, "cpu"))
-    steps.forward()
-    steps.backward()
-    for kernel, arguments, meta in launches:
-        print(f"D={dim} {kernel.__name__:17} {compiled(kernel, arguments, dict(meta))}", flush=True)
-
-
-def compiled(kernel, arguments, meta) -> str:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-    launch = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
-    signature, attributes = {}, {}
-    for i, (name, x) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        tensor = isinstance(x, torch.Tensor)
-        signature[name] = types[x.dtype] if tensor else "fp32" if isinstance(x, float) else "i32"
-        if tensor or (isinstance(x, int) and x % 16 == 0 and name not in kernel.do_not_specialize):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= {name: "constexpr" for name in meta}
-    constants = {(kernel.arg_names.index(name),): x for name, x in meta.items()}
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(binary.asm["ptx"])
-        file.flush()
-        command = [str(ptxas), "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", said)[1]
-    spilled = re.search(r"(\d+) bytes spill stores", said)[1]
-    warnings = " ".join(sorted(set(re.findall(r"C75\d\d", said))))
-    shape = f"{meta['QUERIES']}x{meta['KEYS']} warps {launch['num_warps']} stages {launch['num_stages']}"
-    shared = f"{binary.metadata.shared / 1024:.0f} KiB shared"
-    return f"{shape}: {registers} registers, {spilled} B spilled, {shared} {warnings}"
-
-
-def write(options, rows: list[dict]) -> None:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True
-    ).stdout.strip()
+def write(path: Path, rows: list[dict], commit: str | None) -> None:
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
     common = dict(
         gpu=torch.cuda.get_device_name(),
         torch=torch.__version__,
         triton=triton.__version__,
-        commit=options.commit or commit or "unknown",
+        commit=commit or found or "unknown",
         dtype="bfloat16",
-        length=options.length,
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        mask_heads=options.mask_heads,
-        block_size=options.block_size,
-        columns=options.columns,
     )
-    path = Path(options.out or RESULTS / ("kernels_sweep.csv" if options.sweep else "kernels.csv"))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*common, *rows[0]])
         writer.writeheader()
         writer.writerows(common | row for row in rows)
-    print(f"wrote {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--mask-heads", type=int, default=8)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--densities", type=float, nargs="+", default=[1.0, 0.25, 0.1, 0.05])
-    parser.add_argument("--columns", type=int, default=0, help="columns of each mask head")
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cases", choices=("quick", "targets", "all"), default="targets")
+    parser.add_argument("--impls", nargs="+", default=[*OURS, *OTHERS], choices=[*OURS, *OTHERS])
     parser.add_argument("--commit", help="written to the results where there is no git")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture of --out")
     options = parser.parse_args()
-    if options.compile:
-        for dim in options.dims:
-            compile_report(options, dim)
-        return
-    for dim in options.dims:
-        check(options, dim)
-    if options.sweep:
-        warm_all(options)
-    rows = [
-        row for dim in options.dims for row in (sweep_rows if options.sweep else attention_rows)(options, dim)
-    ]
-    write(options, rows)
+    if not options.draw:
+        cases = {"quick": QUICK, "targets": TARGETS, "all": ALL}[options.cases]
+        check(options.impls, sorted({case.dim for case in cases}))
+        print(f"{'TFLOP/s':66} {'forward':>8}  backward")
+        rows = [row for case in cases for row in measure(case, options.impls)]
+        write(options.out, rows, options.commit)
+        report(rows)
+    draw(options.out)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ CHOICE = [
     Mutation(
         "ties go to the higher id",
         "kernels/select.py",
-        "return (mass << ID_BITS) + ((1 << ID_BITS) - 1 - ids) + forced * _FORCED",
-        "return (mass << ID_BITS) + ids + forced * _FORCED",
+        "return (mass << ID_BITS) + ((1 << ID_BITS) - 1 - ids) + forced * FORCED",
+        "return (mass << ID_BITS) + ids + forced * FORCED",
         PATTERNS,
     ),
     Mutation(
         "the mass of a diagonal ignores the part that falls on the next one",
-        "kernels/patterns/probes.py",
+        "kernels/estimates.py",
         "(offset[..., None] - bins * size).abs()",
         "(offset[..., None] - bins * size).clamp(max=0).abs()",
         PATTERNS,

@@ -81,8 +81,8 @@ EXCHANGE = [
         "local instead of global lse in the backward",
         "cp/attention.py",
         "ctx.save_for_backward(q, k, v, out, lse, *lists)",
-        "local = start(q)\n"
-        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale)\n"
+        "local = carried(q)\n"
+        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale, fresh=True)\n"
         "        ctx.save_for_backward(q, k, v, out, local[1], *lists)",
         RING,
     ),
@@ -90,8 +90,8 @@ EXCHANGE = [
         "delta from the out of the local keys",
         "cp/attention.py",
         "ctx.save_for_backward(q, k, v, out, lse, *lists)",
-        "local = start(q)\n"
-        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale)\n"
+        "local = carried(q)\n"
+        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale, fresh=True)\n"
         "        ctx.save_for_backward(q, k, v, local[0], lse, *lists)",
         RING,
     ),
@@ -112,8 +112,8 @@ EXCHANGE = [
     Mutation(
         "the carried output is rounded after every step",
         "cp/attention.py",
-        "bound, step.source, out, lse, scale)\n",
-        "bound, step.source, out, lse, scale)\n            out.copy_(out.to(q.dtype))\n",
+        "bound, step.source, out, lse, scale, fresh=i == 0)\n",
+        "bound, step.source, out, lse, scale, fresh=i == 0)\n            out.copy_(out.to(q.dtype))\n",
         PRECISION,
     ),
     Mutation(

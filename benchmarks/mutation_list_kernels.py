@@ -274,9 +274,9 @@ REFERENCE = [
     ),
     Mutation(
         "keys and values of columns are swapped in the backward",
-        "kernels/attention.py",
-        "impl.backward_columns(q, ck, cv,",
-        "impl.backward_columns(q, cv, ck,",
+        "kernels/operators.py",
+        "run.backward_columns(q, ck, cv,",
+        "run.backward_columns(q, cv, ck,",
         ATTEND,
     ),
 ]

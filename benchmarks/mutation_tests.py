@@ -16,6 +16,9 @@ TESTS = {
     "kernels/triton_columns.py": TRITON,
     "kernels/triton_forward.py": TRITON,
     "kernels/hopper": "",  # runs on a GPU only
+    "kernels/triton_estimates.py": "test_estimates.py -k process",
+    "kernels/triton_select.py": "test_estimates.py -k process",
+    "kernels/estimates.py": "test_patterns.py",
     "kernels/select.py": "test_patterns.py",
     "kernels/columns.py": RING,
     "kernels/patterns/": "test_patterns.py",

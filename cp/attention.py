@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..balance.schedule import Schedule, Transfer
-from ..kernels.attention import accumulator_dtype, output_delta, start
+from ..kernels.attention import accumulator_dtype, carried, output_delta
 from ..kernels.bound import BoundPlan
 from ..kernels.columns import gather_columns, scatter_columns
 from .isolated import isolated
@@ -68,9 +68,9 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bound: BoundPlan, ring: Ring, scale: float):
         columns = _start_columns(k, v, bound, ring, "forward")
-        out, lse = start(q)
-        for step, keys in _keys(k, v, bound, ring, "forward"):
-            ring.steps.forward_step(q, keys[0], keys[1], bound, step.source, out, lse, scale)
+        out, lse = carried(q)
+        for i, (step, keys) in enumerate(_keys(k, v, bound, ring, "forward")):
+            ring.steps.forward_step(q, *keys, bound, step.source, out, lse, scale, fresh=i == 0)
         if columns is not None:
             ring.steps.forward_columns(q, *_finish_columns(columns), bound, out, lse, scale)
         # Lists are saved like tensors, so that activation checkpointing drops and rebuilds them.

@@ -37,6 +37,8 @@ def check_batch(batch: dict[str, Tensor], block_size: int) -> tuple[int, int]:
         raise NotImplementedError(
             f"attention_mask with {batch['attention_mask'].dim()} dims; only padding masks [batch, length]"
         )
+    if "document_ids" in batch and batch["document_ids"].dim() > 2:
+        raise ValueError(f"document_ids is {tuple(batch['document_ids'].shape)}; it must be [batch, length]")
     size, length = tokens.shape[:2]
     if size < 1:
         raise ValueError("batch size is 0; it needs at least 1 row")

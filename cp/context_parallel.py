@@ -60,7 +60,7 @@ class ContextParallel:
     exchange: how keys reach the ranks that need them: "ring" ("auto" means ring today).
     grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
         `sum_gradients` (or anything else that sums).
-    deterministic: bit-identical from run to run; all present kernels are.
+    deterministic: bit-identical from run to run, at some cost in the backward on Hopper GPUs.
     debug: check a header at every transfer, and that q, k and v of every layer are finite: all ranks
         raise FloatingPointError that names tensor, layer and rank. Slow: it waits for the device. Without
         it values are not looked at: NaN and infinities spread to the queries whose tiles hold them.
@@ -295,8 +295,18 @@ class ContextParallel:
         """Attention of this rank's queries over the whole sequence; differentiable.
 
         q: [B, H, S', D]; k, v: [B, Hk, S', D], this rank's tokens in the order of the shard. layer: key
-        of the plan; give every attention layer its own. scale: 1 / sqrt(D) by default.
+        of the plan; give every attention layer its own. scale: 1 / sqrt(D) by default. In code that
+        torch.compile compiles the call is one graph break.
         """
+        if torch.compiler.is_compiling():
+            from .uncompiled import uncompiled  # imports the compiler, so not with the package
+
+            return uncompiled(self._attention, q, k, v, shard, layer, scale)
+        return self._attention(q, k, v, shard, layer, scale)
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, shard: Shard, layer: Hashable, scale: float | None
+    ) -> Tensor:
         if not isinstance(shard, Shard):
             raise TypeError(f"shard is a {type(shard).__name__}; pass what cp.shard(batch) returned")
         if shard.cp is not self:
@@ -318,7 +328,7 @@ class ContextParallel:
             bound = shard.plan(layer, q.detach(), k.detach(), v.detach(), scale)
             check_mask_heads(bound.plan, q.shape[1], k.shape[1])
             shard.record.ran(layer, bound)
-            around = shard.ring(layer, steps(self.impl, q), first)
+            around = shard.ring(layer, steps(self.impl, q, self.block_size, self.deterministic), first)
             if shard.count_keys:  # before the attention, after which recomputation may stop
                 shard.record.keys.setdefault(layer, []).append(count_keys(q, k, v, bound, around, scale))
             out, lse = ring_attention(q, k, v, bound, around, scale)

@@ -52,8 +52,15 @@ def attach(cp: ContextParallel, model: nn.Module, whole_logits: bool) -> None:
 
 
 def _forward(module: nn.Module, *args, **kwargs):
-    """The forward of every module of an attached model."""
-    return getattr(module, ATTRIBUTE).call(module, args, kwargs)
+    """The forward of every module of an attached model. torch.compile leaves it as it is: the marks and the
+    mode are not for its eyes. A block that calls cp.attention itself is compiled.
+    """
+    attachment: FunctionalAttachment = getattr(module, ATTRIBUTE)
+    if torch.compiler.is_compiling():
+        from .uncompiled import uncompiled  # imports the compiler, so not with the package
+
+        return uncompiled(attachment.call, module, args, kwargs)
+    return attachment.call(module, args, kwargs)
 
 
 @dataclass

@@ -193,7 +193,7 @@ def _end_forward(model: nn.Module, args: tuple, output) -> None:
     getattr(model, ATTRIBUTE).rotaries.running = None
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason="sparse attention over ranks")
 def attention(
     module: nn.Module,
     query: Tensor,

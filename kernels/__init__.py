@@ -3,9 +3,9 @@
 from sparring.kernels import Geometry, Plan, attend
 """
 
-from .attention import attend
 from .bound import BoundPlan, bind
 from .geometry import Geometry
+from .operators import attend
 from .plan import Plan
 
 __all__ = ["BoundPlan", "Geometry", "Plan", "attend", "bind"]

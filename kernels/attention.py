@@ -1,9 +1,11 @@
-"""attend: block-sparse attention on one device, and the choice of its implementation."""
+"""What every attention call shares: the choice of an implementation, the carried state, checks of inputs."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import logging
 import math
 from numbers import Real
 from types import ModuleType
@@ -11,8 +13,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .bound import BoundPlan, bind
-from .columns import gather_columns, scatter_columns
 from .geometry import Geometry
 from .plan import Plan
 
@@ -20,96 +20,16 @@ MODULES = {"reference": ".reference", "triton": ".triton_steps", "hopper": ".hop
 IMPLEMENTATIONS = ("auto", *MODULES)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float | None = None,
-    impl: str = "auto",
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the pairs that a plan chose, differentiable in q, k and v.
-
-    q: [B, H, S, D]; k, v: [B, Hk, S, D] with H divisible by Hk; fp16, bf16, fp32 (fp64: reference).
-    plan: holds every block of a sequence of S tokens. scale: 1 / sqrt(D) by default.
-    impl: "reference" (plain PyTorch), "triton", "hopper" (compute capability 9, blocks of 128, bf16 or
-    fp16; the forward over tiles, triton for the rest), or "auto" (triton on a GPU that has it).
-    deterministic: bit-identical results from run to run; every present implementation is.
-    Returns out like q and the natural-log normaliser lse [B, H, S] (fp32, fp64 for fp64 inputs), both
-    differentiable. A query that sees nothing gives out 0, lse -inf and gradient 0.
-    Raises ValueError for shapes, dtypes or devices that do not fit, TypeError for what is no tensor or
-    plan, NotImplementedError for value heads of another width than key heads. Values are not looked at:
-    NaN and infinities in q, k or v spread to the queries of all chosen tiles that hold them.
-    """
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"plan is a {type(plan).__name__}; make a Plan, by Plan.build or by make_plan of a pattern"
-        )
-    geometry = plan.geometry
-    check_inputs(q, k, v, geometry)
-    check_mask_heads(plan, q.shape[1], k.shape[1])
-    if geometry.blocks != tuple(range(geometry.num_blocks)):
-        raise ValueError(
-            f"the plan holds {len(geometry.blocks)} of {geometry.num_blocks} blocks or another order; "
-            "attend needs all of them in logical order (a shard goes through ContextParallel.attention)"
-        )
-    length = q.shape[2]
-    if not geometry.num_tokens - geometry.block_size < length <= geometry.num_tokens:
-        raise ValueError(
-            f"q has {length} tokens, the plan covers {geometry.num_tokens} in blocks of "
-            f"{geometry.block_size}; build the geometry for length {length}"
-        )
-    pad = (0, 0, 0, geometry.num_tokens - length)
-    q, k, v = (torch.nn.functional.pad(x, pad) if pad[3] else x.contiguous() for x in (q, k, v))
-    scale = check_scale(scale, q.shape[3])
-    bound = bind(plan, (geometry.blocks,))
-    out, lse = _Attend.apply(q, k, v, bound, scale, steps(impl, q))
-    return out[:, :, :length], lse[:, :, :length]
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, bound: BoundPlan, scale: float, impl: ModuleType):
-        out, lse = start(q)
-        impl.forward_step(q, k, v, bound, 0, out, lse, scale)
-        if bound.columns is not None:
-            ck, cv = gather_columns(k, bound.plan), gather_columns(v, bound.plan)
-            impl.forward_columns(q, ck, cv, bound, out, lse, scale)
-        ctx.bound, lists = bound.split()
-        ctx.save_for_backward(q, k, v, out, lse, *lists)
-        ctx.scale, ctx.impl = scale, impl
-        return out.to(q.dtype), lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *lists = ctx.saved_tensors
-        bound, scale, impl = ctx.bound.join(lists), ctx.scale, ctx.impl
-        dout = dout.contiguous()
-        delta = output_delta(out, dout, dlse)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (q, k, v))
-        impl.backward_step(q, k, v, dout, lse, delta, bound, 0, dq, dk, dv, scale)
-        if bound.columns is not None:
-            ck, cv = gather_columns(k, bound.plan), gather_columns(v, bound.plan)
-            dck, dcv = (torch.zeros(x.shape, dtype=out.dtype, device=x.device) for x in (ck, cv))
-            impl.backward_columns(q, ck, cv, dout, lse, delta, bound, dq, dck, dcv, scale)
-            scatter_columns(dck, bound.plan, dk)
-            scatter_columns(dcv, bound.plan, dv)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
 def accumulator_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64 inputs, fp32 for all others: partial results never lose precision between steps."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def start(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Accumulators of a query that has seen nothing: out 0 and lse -inf."""
+def carried(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse for the steps to write; they hold nothing yet, so that the first step is a fresh one."""
     dtype = accumulator_dtype(q)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=dtype, device=q.device)
-    return torch.zeros(q.shape, dtype=dtype, device=q.device), lse
+    out, lse = (torch.empty(shape, dtype=dtype, device=q.device) for shape in (q.shape, q.shape[:3]))
+    return out, lse
 
 
 def output_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
@@ -117,19 +37,42 @@ def output_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
     return (out * dout).sum(-1) - dlse
 
 
-def steps(impl: str, x: Tensor) -> ModuleType:
-    """The module that computes ring steps on tensors like x: see reference.py for the four functions."""
+def steps(impl: str, q: Tensor, block_size: int, deterministic: bool = False) -> ModuleType:
+    """The module that computes ring steps on queries like q: see reference.py for the four functions.
+
+    "auto" is hopper where it can be, else triton, on GPUs with the package triton, and reference elsewhere.
+    deterministic: bit-identical from run to run; also under torch.use_deterministic_algorithms.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
-    has_triton = impl != "reference" and importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        impl = "triton" if x.is_cuda and has_triton and x.dtype != torch.float64 else "reference"
-    if impl != "reference" and not has_triton:
+        impl = _pick(q.device, q.dtype, q.shape[3], block_size)
+    elif impl != "reference" and not _has_triton():
         raise ImportError(
             f"impl {impl!r} needs the package triton, which is not installed; "
             "pip install 'triton>=3.6', or use impl='auto' or 'reference'"
         )
+    if impl == "hopper" and (deterministic or torch.are_deterministic_algorithms_enabled()):
+        return importlib.import_module(".hopper_deterministic_steps", __package__)
     return importlib.import_module(MODULES[impl], __package__)
+
+
+@functools.cache
+def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """What "auto" stands for. Logged, once in a process for each device, dtype and shape."""
+    impl = "reference"
+    if device.type == "cuda" and dtype != torch.float64 and _has_triton():
+        hopper = torch.cuda.get_device_capability(device)[0] == 9 and dtype.itemsize == 2
+        impl = (
+            "hopper" if hopper and head_dim <= 128 and head_dim % 8 == 0 and block_size == 128 else "triton"
+        )
+    what = f"{dtype}, head dim {head_dim}, blocks of {block_size}"
+    logging.getLogger(__name__).info("impl 'auto' is %r on %s for %s", impl, device, what)
+    return impl
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -8,25 +8,33 @@ transposed lists serve dK and dV. Everything is built on the device without host
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .geometry import FULL, Geometry
+from .geometry import FULL, Geometry, Memo
 from .plan import Plan, columns_of_rows
 
 LISTS = ("row_ptr", "row_full", "row_tiles", "key_ptr", "key_full", "key_tiles")
+AHEAD = 2  # entries behind the last one that kernels may read
+
+Lists = tuple[Tensor, Tensor, Tensor]  # pointers, numbers of full entries, entries
 
 
 @dataclass(frozen=True)
-class BoundPlan:
+class BoundPlan(Memo):
     """Lists of a plan for R sources of at most n blocks each; M = held query blocks.
 
     row_ptr: int32 [B*Hm*M*R + 1]; the tiles of (b, head, row, source), flattened in this order to x, are
         row_tiles[row_ptr[x] : row_ptr[x + 1]], the first row_full[x] of them full, the rest partial.
-    row_tiles: int32 [capacity], slot of the key block inside its source, ascending in each run.
+    row_tiles: int32 [capacity + 2], slot of the key block inside its source, full ones first, both kinds
+        ascending. The two entries behind the last are valid slots, for kernels that read ahead; the rest
+        is not initialised.
     key_ptr, key_full, key_tiles: the transpose; x = (b, head, source, slot), entries are rows.
     key_base: int32 [R * n], logical position of the first token of each slot.
     lo, hi, prefix_lo, prefix_hi: int32 [B, M * block_size], visible intervals in physical order.
@@ -95,7 +103,9 @@ def prepare(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> None
     """Makes the tables that `bind` takes from a geometry. They wait for the device; a step must not."""
     tables = (geometry.num_visible_tiles, geometry.visible_elements, geometry.intervals)
     del tables  # cached properties are computed by being read
-    _slots(geometry, key_blocks)
+    slots, kernels = _slots(geometry, key_blocks), _kernels(geometry)
+    if kernels is not None:
+        kernels.tables(geometry, key_blocks, slots)
 
 
 def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
@@ -109,13 +119,12 @@ def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
             f"a plan of {plan.mask_heads} mask heads may hold {capacity} tiles, more than the 2^31 of "
             "int32 lists; share the mask between heads or use more ranks"
         )
-    held, ids = physical >= 0, physical.clamp(min=0)
-    chosen = plan.tiles_bool()[..., ids] & held  # [B, Hm, M, R * n], physical key order
-    full = (geometry.tile_class == FULL)[:, None][..., ids] & chosen
-    chosen, full = (x.unflatten(3, (sources, width)) for x in (chosen, full))
-    row_ptr, row_full, row_tiles = _lists(chosen, full, capacity)
-    transposed = (x.permute(0, 1, 3, 4, 2) for x in (chosen, full))
-    key_ptr, key_full, key_tiles = _lists(*transposed, capacity)
+    ids, kernels = physical.clamp(min=0), _kernels(geometry)
+    if kernels is None:
+        by_row, by_key = plain_lists(plan, physical, sources, capacity)
+    else:
+        by_row, by_key = kernels.lists(plan, kernels.tables(geometry, key_blocks, physical), capacity)
+    (row_ptr, row_full, row_tiles), (key_ptr, key_full, key_tiles) = by_row, by_key
     intervals = [bound for pair in geometry.intervals for bound in pair]
     lo, hi, prefix_lo, prefix_hi = (intervals + [None, None])[:4]
     begin, end = _column_ranges(plan) if plan.columns is not None else (None, None)
@@ -160,7 +169,29 @@ def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> Tenso
     return geometry.memo(("slots", key_blocks), build)
 
 
-def _lists(chosen: Tensor, full: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def _kernels(geometry: Geometry) -> ModuleType | None:
+    """What makes the lists of this geometry: kernels on a GPU that has triton, otherwise `plain_lists`."""
+    if geometry.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".triton_lists", __package__)  # which imports this module
+
+
+def plain_lists(plan: Plan, slots: Tensor, sources: int, capacity: int) -> tuple[Lists, Lists]:
+    """The lists by row and by key by plain operations, on any device: what the kernels have to equal.
+
+    slots: int64 [R * n], as `_slots` makes them. Takes memory for several int32 of every bit.
+    """
+    geometry = plan.geometry
+    held, ids = slots >= 0, slots.clamp(min=0)
+    chosen = plan.tiles_bool()[..., ids] & held  # [B, Hm, M, R * n], physical key order
+    full = (geometry.tile_class == FULL)[:, None][..., ids] & chosen
+    chosen, full = (x.unflatten(3, (sources, -1)) for x in (chosen, full))
+    by_row = _lists(chosen, full, capacity)
+    transposed = (x.permute(0, 1, 3, 4, 2) for x in (chosen, full))
+    return by_row, _lists(*transposed, capacity)
+
+
+def _lists(chosen: Tensor, full: Tensor, capacity: int) -> Lists:
     """CSR over the last dim of bool [..., n]: pointers, number of full entries, entries (full first)."""
     n = chosen.shape[-1]
     chosen, full = chosen.flatten(0, -2), full.flatten(0, -2)
@@ -169,8 +200,7 @@ def _lists(chosen: Tensor, full: Tensor, capacity: int) -> tuple[Tensor, Tensor,
     pointer = torch.nn.functional.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
     rank = torch.where(full, rank_full - 1, num_full[:, None] + (rank_all - rank_full) - 1)
     place = torch.where(chosen, pointer[:-1, None] + rank, capacity)  # a dump slot at the end
-    # Kernels read ahead, up to one entry beyond it.
-    entries = torch.zeros(capacity + 2, dtype=torch.int32, device=chosen.device)
+    entries = torch.zeros(capacity + AHEAD, dtype=torch.int32, device=chosen.device)
     values = torch.arange(n, dtype=torch.int32, device=chosen.device).expand(chosen.shape[0], n)
     entries.scatter_(0, place.flatten().long(), values.flatten())
     return pointer, num_full, entries

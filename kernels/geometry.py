@@ -22,8 +22,19 @@ EMPTY, FULL, PARTIAL = 0, 1, 2  # values of Geometry.tile_class
 _CHUNK = 2**24  # elements of temporaries in visible_elements
 
 
+class Memo:
+    """Tables that follow from a frozen object, made once and kept with it; copies start without them."""
+
+    def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """build() of the first call with this key."""
+        cache = self.__dict__.setdefault("_memo", {})
+        if key not in cache:
+            cache[key] = build()
+        return cache[key]
+
+
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Memo):
     """Visible intervals of a batch and the blocks held here. Positions are logical tokens.
 
     block_size: tokens in a block.
@@ -144,13 +155,6 @@ class Geometry:
         """The same geometry with its intervals on a device."""
         names = [n for n in ("lo", "hi", "prefix_lo", "prefix_hi") if getattr(self, n) is not None]
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-    def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """build() of the first call with this key: tables made once per batch, not once per layer."""
-        cache = self.__dict__.setdefault("_memo", {})
-        if key not in cache:
-            cache[key] = build()
-        return cache[key]
 
     @property
     def batch(self) -> int:

@@ -39,6 +39,11 @@ def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, width], layout)
 
 
+def padded(q: Tensor) -> int:
+    """The head dim, filled up to what the kernels compute with."""
+    return max(64, 1 << (q.shape[3] - 1).bit_length())
+
+
 def check(q: Tensor, bound: BoundPlan, scale: float) -> None:
     """Errors for what these kernels cannot do."""
     advice = "use impl='triton' or 'reference'"
@@ -58,15 +63,15 @@ def check(q: Tensor, bound: BoundPlan, scale: float) -> None:
         raise ValueError(f"impl='hopper' needs a scale > 0, got {scale}; use impl='reference'")
 
 
-def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float, resume: bool = True) -> None:
+def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float, fresh: bool = False) -> None:
     """Attention over the tiles of one source; shapes are those of reference.py.
 
-    resume: continue the carried normalised out (fp32) and natural lse, and leave rows without tiles alone;
-    otherwise both are written for every row, whatever they held, and out may be of q's dtype.
+    fresh: out and lse carry nothing yet, whatever they hold; then out may be of q's dtype. Otherwise they
+    are continued, and rows without tiles left alone.
     """
     check(q, bound, scale)
     table, live = work_table(bound, source, q.shape[1], k.shape[1])
-    width = max(64, 1 << (q.shape[3] - 1).bit_length())
+    width = padded(q)
     programs = min(table.shape[0], torch.cuda.get_device_properties(q.device).multi_processor_count)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with torch.cuda.device(q.device):
@@ -94,9 +99,22 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float,
             WIDTH=width,
             STAGES=STAGES[width],
             PREFIX=bound.prefix_lo is not None,
-            RESUME=resume,
+            RESUME=not fresh,
             num_warps=4,
         )
+
+
+@gluon.constexpr_function
+def in_fours(width: int):
+    """The layout of [64, width] sums whose threads hold four neighbours each: one swap within quads away."""
+    wide = [[0, 2**i] for i in range(4, width.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], *wide],
+        [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, width],
+    )
 
 
 @gluon.jit
@@ -176,7 +194,7 @@ def _full_weights(s, peak, total, scale):
 
 
 @gluon.jit
-def _masked(s, base, low, high, prefix_low, prefix_high, PREFIX: gl.constexpr):
+def masked(s, base, low, high, prefix_low, prefix_high, PREFIX: gl.constexpr):
     """Scores of key positions base, base + 1, ... outside the visible intervals become -inf."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     at = gl.arange(0, s.shape[1], LAYOUT)[None, :]
@@ -187,7 +205,7 @@ def _masked(s, base, low, high, prefix_low, prefix_high, PREFIX: gl.constexpr):
 
 
 @gluon.jit
-def _intervals(bounds, tile, rows, heads, row, PREFIX: gl.constexpr):
+def visible_keys(bounds, tile, rows, heads, row, PREFIX: gl.constexpr):
     """lo, hi, prefix_lo, prefix_hi of the queries of a tile."""
     lo, hi, prefix_lo, prefix_hi = bounds
     query = (tile // rows // heads * rows + tile % rows) * 128 + row
@@ -204,7 +222,7 @@ def _first_mask(s, full, base, seen, PREFIX: gl.constexpr):
     low, high, prefix_low, prefix_high = seen
     low = gl.where(full > 0, -LARGE, low)
     high = gl.where(full > 0, LARGE, high)
-    return _masked(s, gl.where(full > 0, 0, base), low, high, prefix_low, prefix_high, PREFIX)
+    return masked(s, gl.where(full > 0, 0, base), low, high, prefix_low, prefix_high, PREFIX)
 
 
 @gluon.jit
@@ -237,8 +255,10 @@ def _consumer(
     zeros = gl.full([HALF, KEYS], 0.0, gl.float32, SCORES)
     none = gl.full([HALF], float("-inf"), gl.float32, ROW)
     row = gl.arange(0, HALF, ROW) + PART * HALF
-    out_row = gl.arange(0, HALF, OUT_ROW) + PART * HALF
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, SUMS))
+    FOURS: gl.constexpr = in_fours(WIDTH)
+    FOURS_ROW: gl.constexpr = gl.SliceLayout(1, FOURS)
+    fours_row = gl.arange(0, HALF, FOURS_ROW) + PART * HALF
+    fours_column = gl.arange(0, WIDTH, gl.SliceLayout(0, FOURS))
     number = gl.load(live)
     turns = _turns(number, programs)
     if turns > 0:
@@ -247,7 +267,7 @@ def _consumer(
         entry = row_tiles + begin + full
         base = gl.load(key_base + gl.load(entry))
         slot = gl.load(entry + 1)
-        low, high, prefix_low, prefix_high = _intervals(bounds, tile, rows, heads, row, PREFIX)
+        low, high, prefix_low, prefix_high = visible_keys(bounds, tile, rows, heads, row, PREFIX)
         count = 0  # key tiles consumed
         mbarrier.wait(q_full.index(PART), 0)
         mbarrier.wait(k_full.index(0), 0)
@@ -287,8 +307,11 @@ def _consumer(
                 mbarrier.arrive(v_empty.index(before), count=1)
                 acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
                 operand = gl.convert_layout(weights.to(TYPE), OPERAND)
+            if out.dtype.element_ty == TYPE:  # the last query tile has left its buffer by now
+                tma.store_wait(0)
+                mbarrier.arrive(q_empty.index(2 - 2 * (turn % 2) + PART), count=1, pred=turn > 0)
             next_base = gl.load(key_base + next_slot)
-            seen = _intervals(bounds, next_tile, rows, heads, row, PREFIX)
+            seen = visible_keys(bounds, next_tile, rows, heads, row, PREFIX)
             for i in range(gl.maximum(full, 1), n):
                 before = (count + i - 1) % STAGES
                 v_phase = ((count + i - 1) // STAGES) & 1
@@ -301,7 +324,7 @@ def _consumer(
                 sums = warpgroup_mma(operand, values.index(before), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[token])
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                s = _masked(s, base, low, high, prefix_low, prefix_high, PREFIX)
+                s = masked(s, base, low, high, prefix_low, prefix_high, PREFIX)
                 base = gl.load(key_base + slot)
                 slot = gl.load(entry + (i - full) + 2)
                 weights, decay, peak, total = _weights(s, peak, total, scale)
@@ -353,15 +376,16 @@ def _consumer(
                 fence_async_shared()
                 gl.thread_barrier()
                 tma.async_copy_shared_to_global(dout, [tile * (2 * HALF) + PART * HALF, 0], q)
-                tma.store_wait(0)
             else:
-                target = out + (first + out_row)[:, None] * DIM + column[None, :]
+                x = gl.convert_layout(acc, FOURS)
+                target = out + (first + fours_row)[:, None] * DIM + fours_column[None, :]
+                inside = (fours_column < DIM)[None, :]
                 if RESUME:
-                    part = gl.convert_layout(kept / both, OUT_ROW)[:, None]
-                    known = (part > 0.0) & (column < DIM)[None, :]  # what saw nothing is not read
-                    acc += gl.load(target, mask=known, other=0.0) * part
-                gl.store(target, acc, mask=(column < DIM)[None, :])
-            mbarrier.arrive(q_empty.index(buffer), count=1)
+                    part = gl.convert_layout(kept / both, FOURS_ROW)[:, None]
+                    known = (part > 0.0) & inside  # what saw nothing is not read
+                    x += gl.load(target, mask=known, other=0.0) * part
+                gl.store(target, x, mask=inside)
+                mbarrier.arrive(q_empty.index(buffer), count=1)
             tile = next_tile
             full = next_full
             n = next_n
@@ -373,13 +397,15 @@ def _consumer(
             next_begin = third_begin
             next_full = third_full
             next_n = third_n
+    if out.dtype.element_ty == TYPE:
+        tma.store_wait(0)
     if not RESUME:  # rows without tiles stand at the end of the table
-        empty = gl.full([HALF, WIDTH], 0.0, out.dtype.element_ty, SUMS)
+        empty = gl.full([HALF, WIDTH], 0.0, out.dtype.element_ty, FOURS)
         for place in range(number + gl.program_id(0), items, programs):
             first = gl.load(table + place * 4).to(gl.int64) * (2 * HALF)
             gl.store(lse + first + row, none)
-            target = out + (first + out_row)[:, None] * DIM + column[None, :]
-            gl.store(target, empty, mask=(column < DIM)[None, :])
+            target = out + (first + fours_row)[:, None] * DIM + fours_column[None, :]
+            gl.store(target, empty, mask=(fours_column < DIM)[None, :])
 
 
 @gluon.jit(do_not_specialize=["items", "rows", "key_tokens", "heads", "group", "programs"])

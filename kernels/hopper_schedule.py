@@ -1,4 +1,8 @@
-"""The order in which the persistent Hopper kernels walk the query tiles of a plan."""
+"""The order in which the Hopper kernels take the query tiles, and the key blocks, of a plan.
+
+Tables are made for all sources at once, on the device without synchronisation, and kept with the bound
+plan: a ring step only picks its own.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,62 @@ import torch
 from torch import Tensor
 
 from .bound import BoundPlan
+from .triton_order import longest_first, rows_in_order
 
-LAST = 2**30  # sorts behind every tile
+SHORT = 16  # tiles: shorter lists are not worth a part
 
 
 def work_table(bound: BoundPlan, source: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """int32 [items, 4] = (query tile, first entry, full tiles, tiles), and int32 [1], how many have tiles.
 
     One key head after the other, longest first; those without tiles at the very end. Query tiles are
-    numbered (batch, head, row). Built on the device without synchronisation.
+    numbered (batch, head, row).
     """
+    tables, live = bound.memo(("rows", heads, kv_heads), lambda: _rows(bound, heads, kv_heads))
+    return tables[source], live[source]
+
+
+def column_table(
+    bound: BoundPlan, source: int, heads: int, kv_heads: int, split: bool
+) -> tuple[Tensor, Tensor]:
+    """int32 [items, 4] = (key head, slot, part, parts), and int32 [1], how many are used.
+
+    One key head, counted over the batch, after the other, its longest lists first; key blocks without tiles
+    do not occur. split: a list that would keep a multiprocessor busy for long is cut into parts.
+    """
+    tables, live = bound.memo(("columns", kv_heads, split), lambda: _columns(bound, kv_heads, split))
+    return tables[source], live[source]
+
+
+def _rows(bound: BoundPlan, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     batch, mask_heads, rows = bound.plan.geometry.batch, bound.mask_heads, bound.rows
-    shape = (batch, mask_heads, rows, bound.num_sources)
-    begin, end, full = (
-        x.view(shape)[..., source].repeat_interleave(heads // mask_heads, 1).flatten()
-        for x in (bound.row_ptr[:-1], bound.row_ptr[1:], bound.row_full)
-    )
-    tile = torch.arange(begin.numel(), dtype=torch.int32, device=begin.device)
-    n = end - begin
-    group = tile // (heads // kv_heads * rows)
-    key = torch.where(n > 0, group * (bound.blocks_per_source + 1) - n, LAST)
-    order = key.argsort(stable=True)
-    return torch.stack((tile, begin, full, n), -1)[order], (n > 0).sum(dtype=torch.int32).view(1)
+    tiles = bound.row_ptr.diff().view(batch, mask_heads, rows, bound.num_sources).permute(3, 0, 1, 2)
+    tiles = tiles.repeat_interleave(heads // mask_heads, 2)
+    tiles = tiles.reshape(bound.num_sources, batch * kv_heads, heads // kv_heads * rows)
+    table = rows_in_order(bound, longest_first(tiles, bound.blocks_per_source), heads)
+    return table, (tiles > 0).sum((1, 2), dtype=torch.int32)[:, None]
+
+
+def _columns(bound: BoundPlan, kv_heads: int, split: bool) -> tuple[Tensor, Tensor]:
+    batch, mask_heads, slots = bound.plan.geometry.batch, bound.mask_heads, bound.blocks_per_source
+    shape = (batch, mask_heads, bound.num_sources, slots)
+    tiles = (bound.key_ptr[1:] - bound.key_ptr[:-1]).view(shape)
+    if mask_heads > kv_heads:
+        tiles = tiles.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.int32)
+    tiles = tiles.repeat_interleave(-(-kv_heads // mask_heads), 1)
+    tiles = tiles.permute(2, 0, 1, 3).flatten(1, 2)  # [sources, key heads, slots]
+    order = longest_first(tiles, bound.rows * max(1, mask_heads // kv_heads))
+    tiles = tiles.flatten(1)
+    parts, capacity = (tiles > 0).int(), tiles.shape[1]
+    if split:
+        shares = 8 * torch.cuda.get_device_properties(tiles.device).multi_processor_count
+        longest = (tiles.sum(1, dtype=torch.int32) // shares).clamp(min=SHORT)[:, None]
+        parts *= ((tiles + longest // 2) // longest).clamp(min=1)
+        capacity += shares
+    parts = parts.gather(1, order)
+    end = parts.cumsum(1, dtype=torch.int32)
+    item = torch.arange(capacity, dtype=torch.int32, device=tiles.device).expand(len(end), -1)
+    place = torch.searchsorted(end, item.contiguous(), right=True).clamp(max=tiles.shape[1] - 1)
+    at, parts, end_of_item = (x.gather(1, place) for x in (order.int(), parts, end))
+    table = torch.stack((at // slots, at % slots, item - end_of_item + parts, parts), -1)
+    return table, end[:, -1:]

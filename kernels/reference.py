@@ -33,8 +33,14 @@ class _Row:
     group: int = 0  # column group
 
 
-def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float) -> None:
-    """Continues the carried normalised `out` and natural-log `lse` with the tiles of one source."""
+def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float, fresh: bool = False) -> None:
+    """Continues the carried normalised `out` and natural-log `lse` with the tiles of one source.
+
+    fresh: they carry nothing yet, whatever they hold.
+    """
+    if fresh:
+        out.zero_()
+        lse.fill_(-torch.inf)
     for row in _tile_rows(bound, source, q.shape[1], k.shape[1]):
         k_row, v_row = (x[row.batch, row.kv_heads][:, row.keys] for x in (k, v))
         _forward_row(q, k_row, v_row, row, out, lse, scale)

@@ -40,7 +40,7 @@ class Config(NamedTuple):
     stages: int
 
 
-# (kernel, padded head dim, bytes an element), for H200; benchmarks/kernels.py --sweep times alternatives.
+# (kernel, padded head dim, bytes an element), for H200; benchmarks/triton_tuning.py times alternatives.
 CONFIGS = {
     ("forward", 64, 2): Config(128, 64, 4, 3),
     ("forward", 128, 2): Config(128, 128, 8, 3),
@@ -146,9 +146,15 @@ def intervals(bound: BoundPlan) -> tuple[Tensor, ...]:
     return bound.lo, bound.hi, bound.prefix_lo, bound.prefix_hi
 
 
-def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float) -> None:
-    """Continues the carried normalised `out` and natural-log `lse` with the tiles of one source."""
+def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float, fresh: bool = False) -> None:
+    """Continues the carried normalised `out` and natural-log `lse` with the tiles of one source.
+
+    fresh: they carry nothing yet, whatever they hold.
+    """
     check(scale, (q, k, v), (out, lse))
+    if fresh:
+        out.zero_()
+        lse.fill_(-torch.inf)
     batch, heads, _, _ = q.shape
     chosen, meta = options("forward", q, bound)
     arguments = (q.contiguous(), k.contiguous(), v.contiguous(), out, lse)

@@ -1,6 +1,8 @@
 """Run by test_hopper.py in a process of its own: compiles the Hopper kernels for sm_90, no GPU needed.
 
-Prints a JSON list: for every shipped configuration, what ptxas says of registers, spills and wgmma.
+Prints a JSON list: for the shipped configurations (with the argument "all" those with a prefix too),
+what ptxas says of registers, spills and wgmma, and the spills inside each innermost loop with matrix
+products, the shortest, mask-free loops first.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from sparring.kernels import hopper_forward
+from sparring.kernels import hopper_backward, hopper_dq, hopper_forward
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -25,6 +28,23 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def tensor_map(rows: int, width: int) -> str:
     layout = gl.NVMMASharedLayout.get_default_for([rows, width], gl.bfloat16)
     return f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
+
+
+def spills_in_loops(cubin: Path) -> list[int]:
+    """Stores to and loads from local memory in every innermost loop with matrix products, shortest first."""
+    text = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True).stdout
+    code = [(int(a, 16), line) for a, line in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", text)]
+    place = {address: i for i, (address, _) in enumerate(code)}
+    jumps = [(i, re.search(r"BRA\S* .*?(0x[0-9a-f]+)", line)) for i, (_, line) in enumerate(code)]
+    loops = [(place[int(to[1], 16)], i) for i, to in jumps if to and int(to[1], 16) in place]
+    loops = [(first, last) for first, last in loops if first < last]
+    found = []
+    for first, last in loops:
+        inside = [line for _, line in code[first : last + 1]]
+        inner = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+        if inner and any("HGMMA" in line for line in inside):
+            found.append((len(inside), sum(bool(re.search("STL|LDL", line)) for line in inside)))
+    return [spills for _, spills in sorted(found)]
 
 
 def report(kernel, types: dict[str, str], constants: dict) -> dict:
@@ -40,28 +60,58 @@ def report(kernel, types: dict[str, str], constants: dict) -> dict:
         ptx.write_text(compiled.asm["ptx"])
         command = [TOOLS / "ptxas", "-arch=sm_90a", "-v", ptx, "-o", ptx.with_suffix(".o")]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        loops = spills_in_loops(ptx.with_suffix(".o"))
     return {
+        "kernel": kernel.__name__,
         **constants,
         "registers": int(re.search(r"Used (\d+) registers", text)[1]),
         "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]),
+        "spilled_in_loops": loops,
         "warnings": re.findall(r"C75\d\d", text),
         "shared": compiled.metadata.shared,
     }
 
 
+def signature(integers: str, counts: str, floats: str, descriptors: dict[str, str]) -> dict[str, str]:
+    types = dict.fromkeys(f"lo hi prefix_lo prefix_hi {integers}".split(), "*i32")
+    types |= dict.fromkeys(counts.split(), "i32") | dict.fromkeys(floats.split(), "*fp32")
+    return types | descriptors
+
+
 def forward(width: int, prefix: bool, resume: bool) -> dict:
     half, block = hopper_forward.QUERIES // 2, hopper_forward.QUERIES
-    types = dict.fromkeys(
-        ("table", "row_tiles", "key_base", "live", "lo", "hi", "prefix_lo", "prefix_hi"), "*i32"
-    )
-    types |= dict.fromkeys(("items", "rows", "key_tokens", "heads", "group", "programs"), "i32")
-    types |= {"out": "*fp32" if resume else "*bf16", "lse": "*fp32", "scale": "fp32"}
-    types |= {"dq": tensor_map(half, width), "dout": tensor_map(half, width)}
-    types |= dict.fromkeys(("dk", "dv"), tensor_map(block, width))
+    maps = dict.fromkeys(("dq", "dout"), tensor_map(half, width))
+    maps |= dict.fromkeys(("dk", "dv"), tensor_map(block, width)) | {"scale": "fp32"}
+    counts = "items rows key_tokens heads group programs"
+    types = signature("table row_tiles key_base live", counts, "out lse", maps)
     constants = {"KEYS": block, "DIM": width, "WIDTH": width, "STAGES": hopper_forward.STAGES[width]}
     return report(hopper_forward._forward, types, constants | {"PREFIX": prefix, "RESUME": resume})
 
 
+def rows(width: int, prefix: bool) -> dict:
+    half, block = hopper_forward.QUERIES // 2, hopper_forward.QUERIES
+    maps = dict.fromkeys(("dq_in", "ddout"), tensor_map(half, width)) | {"scale_log2": "fp32"}
+    maps |= dict.fromkeys(("dk", "dv"), tensor_map(block, width)) | {"scale": "fp32"}
+    types = signature("table live row_tiles key_base", "rows key_tokens heads group", "lse delta dq", maps)
+    constants = {"KEYS": block, "DIM": width, "WIDTH": width, "STAGES": hopper_dq.STAGES[width]}
+    return report(hopper_dq._rows, types, constants | {"PREFIX": prefix})
+
+
+def backward(width: int, prefix: bool, with_dq: bool) -> dict:
+    queries = hopper_backward.QUERIES[width]
+    maps = dict.fromkeys(("dq_in", "ddout"), tensor_map(queries, width)) | {"scale_log2": "fp32"}
+    maps |= dict.fromkeys(("dk_in", "dv_in"), tensor_map(64, width)) | {"scale": "fp32"}
+    counts = "source num_sources rows slots key_tokens heads kv_heads mask_heads"
+    lists = "table live key_ptr key_full key_tiles key_base"
+    types = signature(lists, counts, "lse delta dq dk dv", maps)
+    constants = {"LISTS": 1, "SHARE": 4, "DIM": width, "WIDTH": width, "QUERIES": queries}
+    return report(hopper_backward._backward, types, constants | {"PREFIX": prefix, "WITH_DQ": with_dq})
+
+
 if __name__ == "__main__":
-    cases = itertools.product(hopper_forward.STAGES, (False, True), (False, True))
-    print(json.dumps([forward(*case) for case in cases]))
+    both, widths = (False, True), hopper_forward.STAGES
+    prefixes = both if sys.argv[1:] == ["all"] else (False,)
+    reports = [forward(*case) for case in itertools.product(widths, prefixes, both)]
+    reports += [rows(*case) for case in itertools.product(widths, prefixes)]
+    reports += [backward(*case) for case in itertools.product(widths, prefixes, both)]
+    print(json.dumps(reports))

@@ -171,6 +171,11 @@ HOLES[0, 10:12] = 0
             "position_ids is (1, 9); it must start with [1, 40]",
         ),
         (
+            {"input_ids": TOKENS, "document_ids": TOKENS[:, :, None]},
+            ValueError,
+            "document_ids is (1, 40, 1); it must be [batch, length]",
+        ),
+        (
             {"input_ids": TOKENS, "position_ids": TOKENS.expand(3, 1, -1)},
             NotImplementedError,
             "position_ids with 3 dims (M-RoPE); only [batch, length]",

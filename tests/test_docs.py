@@ -56,14 +56,14 @@ COMMANDS = {
     "make test-full": "",
     "make lint": "",
     "python benchmarks/copy_task.py": "",  # with fewer steps it misses its bars
-    "python benchmarks/kernels.py": "--length 1024 --heads 4 --kv-heads 2 --mask-heads 2 --dims 64",
+    "python benchmarks/kernels.py": "--cases quick --impls hopper triton --out OUT/kernels.csv",
     "python benchmarks/train_long.py": "--out OUT/train_131072 --draw",
     "python benchmarks/proof.py": "--digest",
     "python benchmarks/mutations.py": "--only merge --random 0",
 }
 DRY = {"make test-full"}  # writes the table of results, and runs this file: only looked at
 NEEDS = {  # what a machine must have, in the words of machine.py
-    "python benchmarks/kernels.py": "gpu",
+    "python benchmarks/kernels.py": "hopper gpu",
     "python benchmarks/mutations.py": "numpy < 2.4",
     "make lint": "ruff",
 }

@@ -225,7 +225,7 @@ def exchange_odd(transport, what: str, phase: str):
     cp = cp_of(transport, debug=True)
     shard = cp.shard(fault_worker.batch(transport.size))
     q, k, v = inputs(shard)
-    bound, ring = shard.plan(0, q, k, v, 1.0), shard.ring(0, steps("reference", q))
+    bound, ring = shard.plan(0, q, k, v, 1.0), shard.ring(0, steps("reference", q, 16))
     ring_attention(q, k, v, bound, ring, 1.0)[0].sum().backward()  # nobody objects
     if transport.rank == transport.size - 1:
         known = {field.name: getattr(ring.transport, field.name) for field in fields(Link)}

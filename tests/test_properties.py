@@ -15,7 +15,7 @@ from strategies import Case, cases, holds, sharded_cases
 from sparring.balance import contiguous, ring, striped
 from sparring.cp import ContextParallel, run_threads
 from sparring.kernels import Geometry, Plan, attend, bind, reference
-from sparring.kernels.attention import output_delta, start
+from sparring.kernels.attention import carried, output_delta
 from sparring.kernels.columns import gather_columns, scatter_columns
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -54,10 +54,10 @@ def in_steps(case: Case, key_blocks, order, q, k, v, dout, dlse):
         (torch.tensor(blocks).long()[:, None] * size + torch.arange(size)).flatten() for blocks in key_blocks
     ]
     columns = [] if plan.columns is None else [gather_columns(x, plan) for x in (k, v)]
-    out, lse = start(q)
-    for source in order:
+    out, lse = carried(q)
+    for i, source in enumerate(order):
         part = [x[:, :, held[source]] for x in (k, v)]
-        reference.forward_step(q, *part, bound, source, out, lse, scale)
+        reference.forward_step(q, *part, bound, source, out, lse, scale, fresh=i == 0)
     if columns:
         reference.forward_columns(q, *columns, bound, out, lse, scale)
     delta = output_delta(out, dout, dlse)

@@ -7,16 +7,17 @@ choosing per head the smallest sets that hold a share p of the probe's attention
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..estimates import FIXED, Probes, operations
 from ..geometry import Geometry
 from ..plan import Plan
-from ..select import ID_BITS, decode, encode, keep_top_p
+from ..select import ID_BITS, Contest, encode, ids_of, make_contest
 from . import probes as probe
 from .base import Field, Pattern, Summary, Traits, block_distance, check_counts
-from .probes import FIXED, Probes
 
 
 @dataclass(frozen=True)
@@ -78,104 +79,70 @@ class VerticalSlash(Pattern):
         self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, stage: int, summary: Summary
     ) -> dict[str, Field]:
         tables = self.prepare(geometry)
-        probes = tables.probes
+        probes, ops = tables.probes, operations(k)
         if stage == 0:
-            return {"rows": Field(probe.gather_rows(q, geometry, probes), "sum")}
+            return {"rows": Field(probe.gather_rows(q, probes), "sum")}
+        given = summary["rows"], k
         if stage == 1:
-            scores = probe.score(summary["rows"], k, geometry, probes)
-            return {
-                "scores": Field(scores, "local"),
-                "peak": Field(probe.peak(scores, probes), "max"),
-            }
-        weights = probe.exponentials(summary["scores"].clone(), summary["peak"], probes)
+            return {"peak": Field(ops.peaks(*given, probes), "max")}
         if stage == 2:
-            total = probe.sum_by_window(probe.fixed(weights).sum(3), probes)
-            return {"total": Field(total, "sum")}
-        share = FIXED / summary["total"].clamp(min=1)  # exact inputs, one rounding
-        mass = probe.fixed(weights.double() * share[probes.pair_window][..., None])
-        vertical = mass.sum(2).masked_fill(~tables.far[:, None], 0)  # [T, H, block]
-        return {
-            "slash": Field(probe.diagonal_mass(mass, geometry, probes), "sum"),
-            "far": Field(probe.sum_by_window(vertical.sum(2), probes), "sum"),
-            "columns": Field(_best_columns(vertical, tables), "gather"),
-        }
+            return {"total": Field(ops.totals(*given, summary["peak"], probes), "sum")}
+        share = (FIXED / summary["total"].clamp(min=1).double()).to(summary["peak"].dtype)
+        slash, far, codes = ops.masses(*given, summary["peak"], share, tables.tail, probes)
+        best = ops.top_k(codes, tables.contest)
+        return {"slash": Field(slash, "sum"), "far": Field(far, "sum"), "columns": Field(best, "gather")}
 
     def estimate(self, q: Tensor, summary: Summary, geometry: Geometry) -> Plan:
-        tables = self.prepare(geometry)
-        distance = block_distance(geometry)
-        near = (distance >= 0) & (distance < self.local(geometry))
-        if not tables.probes.windows:
+        tables, ops = self.prepare(geometry), operations(q)
+        local = self.local(geometry)
+        if not len(tables.probes.rows):
+            distance = block_distance(geometry)
+            near = (distance >= 0) & (distance < local)
             return Plan.build(geometry, near.expand(geometry.batch, 1, -1, -1))
-        diagonals = self._diagonals(summary["slash"], geometry, tables)
-        diagonals = torch.nn.functional.pad(diagonals, (0, 0, 0, 0, 0, 1))  # last: no window
-        reach = distance.clamp(min=0).expand(geometry.batch, q.shape[1], -1, -1)
-        tiles = near.expand_as(reach)
-        for index in tables.window_of_row:  # [B, held blocks]; several where documents share a block
-            chosen = diagonals[index].transpose(1, 2)  # [B, H, held blocks, num_blocks]
-            tiles = tiles | (torch.gather(chosen, 3, reach) & (distance >= 0))
-        columns = self._columns(summary, geometry, tables)
-        return Plan.build(geometry, tiles, columns, tables.column_group)
+        codes = (summary["slash"] // geometry.block_size << ID_BITS) + tables.diagonal_tail
+        target = (tables.queries * self.top_p).long()[:, None].expand(codes.shape[:2]).contiguous()
+        chosen = codes >= ops.threshold(codes, target, *self.slashes)[..., None]
+        tiles = ops.tiles_of_diagonals(chosen, geometry, local, tables.window_of_row)
+        return Plan(geometry, tiles, self._columns(summary, geometry, tables, ops), tables.column_group)
 
-    def _diagonals(self, slash: Tensor, geometry: Geometry, tables: _Tables) -> Tensor:
-        """bool [W, H, num_blocks]."""
-        ids = torch.arange(geometry.num_blocks, device=slash.device)
-        forced = (ids < self.local(geometry)).expand_as(slash)
-        mass = slash // geometry.block_size
-        code = encode(mass, ids, forced).sort(-1, descending=True).values
-        mass, ids, forced = decode(code)
-        target = (tables.queries * self.top_p).long()[:, None].expand(mass.shape[:2])
-        keep = keep_top_p(mass, forced, target, *self.slashes)
-        return torch.zeros_like(keep).scatter_(2, ids, keep)
-
-    def _columns(self, summary: Summary, geometry: Geometry, tables: _Tables) -> Tensor | None:
+    def _columns(
+        self, summary: Summary, geometry: Geometry, tables: _Tables, ops: ModuleType
+    ) -> Tensor | None:
         """int32 [B, H, groups, C]."""
         if self.columns[1] == 0:
             return None
-        code = summary["columns"]  # [holders, W, H, cap]
-        code = code.permute(1, 2, 0, 3).flatten(2).sort(-1, descending=True).values
-        code = code[..., : self.columns[1]]
-        mass, ids, forced = decode(code.clamp(min=0))
+        code = summary["columns"].permute(2, 1, 0, 3).flatten(2)  # [W, H, holders * cap]
+        if code.shape[2] > tables.contest.keep:
+            code = code.topk(tables.contest.keep, sorted=False).values
         # What lies near the probe is covered by local tiles already.
         target = (tables.queries * self.top_p).long() - tables.queries
         target = target[:, None] + summary["far"]
-        keep = keep_top_p(mass, forced, target, *self.columns) & (code >= 0)
-        ids = ids.masked_fill(~keep, geometry.num_tokens).int()
+        kept = code >= ops.threshold(code, target, *self.columns)[..., None]
+        ids = torch.where(kept, ids_of(code), geometry.num_tokens).int()
         ids = torch.nn.functional.pad(ids, (0, 0, 0, 0, 0, 1), value=geometry.num_tokens)
-        picked = ids[tables.windows_of_group]  # [B, groups, windows, H, C]
-        return picked.permute(0, 3, 1, 2, 4).flatten(3)
+        picked = ids[tables.windows_of_group]  # [B, groups, windows, H, C], all different
+        return picked.permute(0, 3, 1, 2, 4).flatten(3).sort(-1).values
 
 
 @dataclass(frozen=True)
 class _Tables:
     """What follows from the geometry: windows, and which of them serve which rows.
 
-    far, sink: bool [T, block], keys that may be columns of a pair's window, and its forced ones.
-    ids: int64 [T, block] key positions. queries: int64 [W] fixed-point mass of a window's probe.
-    order: int64 [W, cap'] places of each window's keys in the flattened pairs, T * block where none.
-    window_of_row: list of int64 [B, held blocks], W where none; windows_of_group: int64 [B, groups, n].
-    column_group: int64 [held blocks] or None.
+    tail: int64 [T, block], the code of a key without mass, -1 where its window may not have it as a column.
+    diagonal_tail: int64 [num_blocks], the same of block diagonals.
+    queries: int64 [W] fixed-point mass of a window's probe. contest: the keys of each window, and its cap.
+    window_of_row: int64 [B, held blocks, depth], W where none; windows_of_group: int64 [B, groups, n].
+    column_group: int32 [held blocks] or None.
     """
 
     probes: Probes
-    far: Tensor
-    sink: Tensor
-    ids: Tensor
+    tail: Tensor
+    diagonal_tail: Tensor
     queries: Tensor
-    order: Tensor
-    cap: int
-    window_of_row: tuple[Tensor, ...]
+    contest: Contest
+    window_of_row: Tensor
     windows_of_group: Tensor
     column_group: Tensor | None
-
-
-def _best_columns(vertical: Tensor, tables: _Tables) -> Tensor:
-    """int64 [W, H, cap] encoded best columns of each window among the keys held here, -1 where fewer."""
-    code = encode(vertical, tables.ids[:, None], tables.sink[:, None])
-    code = code.masked_fill(~tables.far[:, None], -1)
-    code = code.transpose(0, 1).flatten(1)  # [H, T * block]
-    code = torch.nn.functional.pad(code, (0, 1), value=-1)[:, tables.order]  # [H, W, longest]
-    code = code.sort(-1, descending=True).values[..., : tables.cap].transpose(0, 1)
-    return torch.nn.functional.pad(code, (0, tables.cap - code.shape[2]), value=-1).contiguous()
 
 
 def _tables(pattern: VerticalSlash, geometry: Geometry) -> _Tables:
@@ -190,24 +157,25 @@ def _tables(pattern: VerticalSlash, geometry: Geometry) -> _Tables:
             f"{geometry.num_tokens} tokens exceed the {2**ID_BITS} that column ids hold; use another pattern"
         )
     local = pattern.local(geometry)
-    probes = probe.make_probes(geometry, pattern.segment, local, pattern.probe)
-    windows, tokens = probes.windows, geometry.num_tokens
+    windows, tokens = probe.find_windows(geometry, pattern.segment, local), geometry.num_tokens
+    probes = probe.make_probes(geometry, windows, pattern.probe)
 
     def tensor(x):
         return torch.tensor(x, dtype=torch.int64, device=device)
 
     document, end = tensor([w.document for w in windows]), tensor([w.end for w in windows])
-    ids = probes.pair_block[:, None] * size + torch.arange(size, device=device)
-    start_of_pair, end_of_pair = document[probes.pair_window, None], end[probes.pair_window, None]
+    ids = probes.pairs[:, 2, None] * size + torch.arange(size, device=device)
+    start_of_pair, end_of_pair = document[probes.pairs[:, 0], None], end[probes.pairs[:, 0], None]
     sink = (ids >= start_of_pair) & (ids < start_of_pair + pattern.sink)
     # The blocks under the probe's forced tiles are not columns: no earlier query would gain by them.
     far = (ids >= start_of_pair) & (ids < end_of_pair)
     far &= sink | ((end_of_pair - 1) // size - ids // size >= local)
 
-    pairs = torch.bincount(probes.pair_window.cpu(), minlength=len(windows)).to(device)
-    first = (pairs.cumsum(0) - pairs)[:, None] * size
-    place = torch.arange(int(pairs.max()) * size if len(windows) else 0, device=device)
-    order = torch.where(place < pairs[:, None] * size, first + place, len(probes.pair_window) * size)
+    tail = torch.where(far, encode(torch.zeros_like(ids), ids, sink), -1)
+    diagonals = torch.arange(geometry.num_blocks, device=device)
+    counts = torch.bincount(probes.pairs[:, 0].cpu(), minlength=len(windows))
+    ends = (counts.cumsum(0) * size).tolist()
+    bounds = tuple((end - count * size, end) for end, count in zip(ends, counts.tolist(), strict=True))
 
     of_row = [[[] for _ in geometry.blocks] for _ in range(geometry.batch)]
     cut = pattern.segment or tokens
@@ -221,20 +189,16 @@ def _tables(pattern: VerticalSlash, geometry: Geometry) -> _Tables:
     deepest = max((len(x) for rows in of_row for x in rows), default=0)
     widest = max((len(x) for row in of_group for x in row), default=0)
     none = len(windows)
-    window_of_row = tuple(
-        tensor([[(x + [none] * deepest)[depth] for x in rows] for rows in of_row]) for depth in range(deepest)
-    )
+    window_of_row = tensor([[x + [none] * (deepest - len(x)) for x in rows] for rows in of_row])
     windows_of_group = tensor([[x + [none] * (widest - len(x)) for x in row] for row in of_group])
     column_group = None if groups == 1 else tensor([b * size // cut for b in geometry.blocks])
     return _Tables(
         probes=probes,
-        far=far,
-        sink=sink,
-        ids=ids,
+        tail=tail,
+        diagonal_tail=encode(torch.zeros_like(diagonals), diagonals, diagonals < local),
         queries=(probes.rows >= 0).sum(1) * FIXED,
-        order=order,
-        cap=min(pattern.columns[1], tokens),
-        window_of_row=window_of_row,
+        contest=make_contest(bounds, min(pattern.columns[1], tokens), device),
+        window_of_row=window_of_row.view(geometry.batch, len(geometry.blocks), deepest),
         windows_of_group=windows_of_group,
-        column_group=column_group,
+        column_group=None if column_group is None else column_group.int(),
     )
