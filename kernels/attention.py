@@ -43,8 +43,7 @@ def steps(impl: str, q: Tensor, block_size: int, deterministic: bool = False) ->
     "auto" is hopper where it can be, else triton, on GPUs with the package triton, and reference elsewhere.
     deterministic: bit-identical from run to run; also under torch.use_deterministic_algorithms.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    check_impl(impl)
     if impl == "auto":
         impl = _pick(q.device, q.dtype, q.shape[3], block_size)
     elif impl != "reference" and not _has_triton():
@@ -73,6 +72,12 @@ def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: i
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def check_impl(impl: str) -> None:
+    """ValueError unless it is the name of an implementation or "auto"."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

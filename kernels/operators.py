@@ -16,6 +16,7 @@ from torch import Tensor
 from .attention import (
     accumulator_dtype,
     carried,
+    check_impl,
     check_inputs,
     check_mask_heads,
     check_scale,
@@ -68,6 +69,7 @@ def attend(
     if bound is not None:
         plan = bound.plan
     geometry = plan.geometry
+    check_impl(impl)
     check_inputs(q, k, v, geometry)
     check_mask_heads(plan, q.shape[1], k.shape[1])
     if geometry.blocks != tuple(range(geometry.num_blocks)):

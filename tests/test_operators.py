@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from sparring.kernels import Geometry, Plan, attend, attention, bind
+from sparring.kernels import Geometry, Plan, attend, attention, bind, reference
 from sparring.kernels.operators import parts_of
 
 FORWARD, BACKWARD = torch.ops.sparring.attend.default, torch.ops.sparring.attend_backward.default
@@ -216,10 +216,13 @@ def test_selective_checkpointing_sees_one_operation(kept, monkeypatch):
     """It can keep the result of attention and compute the rest again."""
     layer = Layer(plans(16)["columns"])
     expected = gradients(layer, 96)
-    runs, forward_step = [], attention.steps("reference", torch.zeros(1)).forward_step
-    monkeypatch.setattr(
-        "sparring.kernels.reference.forward_step", lambda *args: (runs.append(1), forward_step(*args))
-    )
+    runs, forward_step = [], reference.forward_step
+
+    def counted(*args, **options):
+        runs.append(1)
+        forward_step(*args, **options)
+
+    monkeypatch.setattr(reference, "forward_step", counted)
     context = partial(create_selective_checkpoint_contexts, [FORWARD] if kept else [])
     again = copy.copy(layer)
     again.forward = lambda *x: checkpoint(layer, *x, use_reentrant=False, context_fn=context)
