@@ -468,6 +468,6 @@ def soak(transport, count: int):
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_thousand_steps_take_no_more_memory_or_files():
-    results = pool.run(2, in_process, "soak", 1000, timeout=800)
+    results = pool.run(2, in_process, "soak", PATIENCE, 1000, timeout=800)
     for (resident, files), (resident_later, files_later) in results:
         assert resident_later <= 1.01 * resident and files_later <= files
