@@ -44,8 +44,8 @@ OTHERS = ("cudnn", "flex")
 
 @dataclass(frozen=True)
 class Case:
-    """tiles: random, or random with one sink column (sink); columns: random ones for each head as well.
-
+    """tiles: random; random with one sink column; a window and a sink; slashes, half of them block columns,
+    half block diagonals; or all, in 8 packed documents. columns: random ones for each head as well.
     sources: ring steps, one after the other.
     """
 
@@ -71,6 +71,8 @@ ALL = (
     *TARGETS,
     *(Case(density, length) for length in (8192, 131072) for density in (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)),
     *(Case(density, heads=16, kv_heads=2) for density in (1.0, 0.1)),
+    *(Case(0.1, tiles=tiles) for tiles in ("window", "slashes")),
+    Case(1.0, tiles="documents"),
     *(Case(density, dim=64) for density in (0.5, 0.25, 0.05, 0.02)),
     Case(0.1, 131072, 16, 4, columns=1024),
     Case(0.02, 524288, 8, 2),
@@ -113,17 +115,34 @@ def make(case: Case, seed: int = 0) -> tuple:
         shape = (1, heads, case.length, case.dim)
         return torch.randn(shape, generator=g, device="cuda", dtype=torch.float32).to(torch.bfloat16)
 
-    geometry = Geometry.causal(1, case.length, device="cuda")
+    eighth = case.length // 8
+    documents = [(i * eighth, (i + 1) * eighth) for i in range(8)] if case.tiles == "documents" else None
+    geometry = Geometry.causal(1, case.length, device="cuda", documents=documents and (tuple(documents),))
     shape = (1, case.heads, geometry.num_blocks, geometry.num_blocks)
-    tiles = torch.rand(shape, generator=g, device="cuda") < case.density
-    if case.tiles == "sink":
-        tiles[..., 0] = True
+    tiles = choose(case, shape, g)
     columns = None
     if case.columns:
         shape = (1, case.heads, 1, case.columns)
         columns = torch.randint(0, case.length, shape, generator=g, device="cuda")
     plan = Plan.build(geometry, tiles, columns)
     return normal(case.heads), normal(case.kv_heads), normal(case.kv_heads), normal(case.heads), plan
+
+
+def choose(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """bool tiles, about `density` of the causal ones."""
+    rows = torch.arange(shape[2], device="cuda")
+    if case.tiles == "documents":
+        return torch.ones(shape, dtype=torch.bool, device="cuda")
+    distance = (rows[:, None] - rows).clamp(min=0)
+    if case.tiles == "window":
+        return ((distance <= case.density * shape[2] / 2) | (rows == 0)).expand(shape)
+    if case.tiles == "slashes":
+        columns, diagonals = torch.rand(2, *shape[:3], generator=generator, device="cuda") < case.density / 2
+        return columns[:, :, None] | diagonals[..., distance]
+    tiles = torch.rand(shape, generator=generator, device="cuda") < case.density
+    if case.tiles == "sink":
+        tiles[..., 0] = True
+    return tiles
 
 
 def pairs(plan: Plan) -> float:
@@ -257,7 +276,9 @@ def measure(case: Case, names) -> list[dict]:
     count, blocks = pairs(tensors[-1]), case.length // 128
     rows = []
     for name in names:
-        if (name == "cudnn" and case.density < 1) or (name in OTHERS and (case.sources > 1 or case.columns)):
+        if name == "cudnn" and (case.density < 1 or case.tiles != "random"):
+            continue
+        if name == "flex" and (case.sources > 1 or case.columns or case.tiles == "documents"):
             continue
         if name == "flex" and case.length > 131072:
             continue  # its lists alone would need tens of GB
