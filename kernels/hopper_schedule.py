@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .bound import BoundPlan
-from .triton_order import longest_first, rows_in_order
+from .triton_order import columns_in_order, longest_first, rows_in_order
 
 SHORT = 16  # tiles: shorter lists are not worth a part
 
@@ -55,17 +55,5 @@ def _columns(bound: BoundPlan, kv_heads: int, split: bool) -> tuple[Tensor, Tens
     tiles = tiles.repeat_interleave(-(-kv_heads // mask_heads), 1)
     tiles = tiles.permute(2, 0, 1, 3).flatten(1, 2)  # [sources, key heads, slots]
     order = longest_first(tiles, bound.rows * max(1, mask_heads // kv_heads))
-    tiles = tiles.flatten(1)
-    parts, capacity = (tiles > 0).int(), tiles.shape[1]
-    if split:
-        shares = 8 * torch.cuda.get_device_properties(tiles.device).multi_processor_count
-        longest = (tiles.sum(1, dtype=torch.int32) // shares).clamp(min=SHORT)[:, None]
-        parts *= ((tiles + longest // 2) // longest).clamp(min=1)
-        capacity += shares
-    parts = parts.gather(1, order)
-    end = parts.cumsum(1, dtype=torch.int32)
-    item = torch.arange(capacity, dtype=torch.int32, device=tiles.device).expand(len(end), -1)
-    place = torch.searchsorted(end, item.contiguous(), right=True).clamp(max=tiles.shape[1] - 1)
-    at, parts, end_of_item = (x.gather(1, place) for x in (order.int(), parts, end))
-    table = torch.stack((at // slots, at % slots, item - end_of_item + parts, parts), -1)
-    return table, end[:, -1:]
+    shares = 8 * torch.cuda.get_device_properties(tiles.device).multi_processor_count if split else 0
+    return columns_in_order(tiles.flatten(1), order, slots, shares, SHORT)

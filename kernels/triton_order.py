@@ -16,7 +16,20 @@ from .bound import BoundPlan
 from .triton_forward import launch
 
 CHUNK = 128
-COUNTS = ["groups", "items", "chunks", "longest", "sources", "rows", "heads", "mask_heads"]
+COUNTS = [
+    "lists",
+    "shares",
+    "short",
+    "slots",
+    "groups",
+    "items",
+    "chunks",
+    "longest",
+    "sources",
+    "rows",
+    "heads",
+    "mask_heads",
+]
 
 
 def longest_first(lengths: Tensor, longest: int) -> Tensor:
@@ -48,6 +61,67 @@ def rows_in_order(bound: BoundPlan, order: Tensor, heads: int) -> Tensor:
     programs = triton.cdiv(sources * items, CHUNK)
     launch(_rows, programs, order, (*arguments, bound.mask_heads), CHUNK=CHUNK)
     return table
+
+
+def columns_in_order(tiles: Tensor, order: Tensor, slots: int, shares: int, short: int):
+    """int32 [sources, items, 4] = (key head, slot, part, parts), and int32 [sources, 1], how many are used.
+
+    tiles: int32 [sources, key heads * slots], tiles of each list; order: int64, alike, from longest_first.
+    shares: into how many parts all tiles of a source are cut at most, beside the lists that stay whole; a
+    part has about 1 / shares of them, and at least `short`. 0: no list is cut.
+    """
+    sources, lists = tiles.shape
+    totals = tiles.sum(1, dtype=torch.int32)
+    end = torch.empty_like(tiles)
+    arguments = (tiles, order, totals, end, lists, shares, short)
+    launch(_parts, sources * triton.cdiv(lists, CHUNK), tiles, arguments, CHUNK=CHUNK)
+    torch.cumsum(end, 1, dtype=torch.int32, out=end)
+    items = lists + shares
+    table = torch.empty(sources, items, 4, dtype=torch.int32, device=tiles.device)
+    arguments = (order, end, table, lists, items, slots)
+    launch(_columns, sources * triton.cdiv(items, CHUNK), tiles, arguments, CHUNK=CHUNK)
+    return table, end[:, -1:]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _parts(tiles, order, totals, parts, lists, shares, short, CHUNK: tl.constexpr):
+    """How many parts the lists are cut into, in order."""
+    chunks = tl.cdiv(lists, CHUNK)
+    source = tl.program_id(0) // chunks
+    place = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    there = place < lists
+    at = tl.load(order + source * lists + place, mask=there, other=0)
+    count = tl.load(tiles + source * lists + at, mask=there, other=0)
+    result = tl.minimum(count, 1)
+    if shares > 0:
+        longest = tl.maximum(tl.load(totals + source) // shares, short)
+        result = tl.where(count > 0, tl.maximum((count + longest // 2) // longest, 1), 0)
+    tl.store(parts + source * lists + place, result, mask=there)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _columns(order, end, table, lists, items, slots, CHUNK: tl.constexpr):
+    """Finds the list of every item by bisection of `end`, the parts of all lists so far."""
+    chunks = tl.cdiv(items, CHUNK)
+    source = tl.program_id(0) // chunks
+    item = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
+    order += source * lists
+    end += source * lists
+    low, high = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32) + lists - 1
+    left = lists
+    while left > 1:
+        middle = (low + high) // 2
+        beyond = tl.load(end + middle) <= item
+        low, high = tl.where(beyond, tl.minimum(middle + 1, high), low), tl.where(beyond, high, middle)
+        left = (left + 1) // 2
+    at = tl.load(order + low).to(tl.int32)
+    last = tl.load(end + low)
+    before = tl.load(end + low - 1, mask=low > 0, other=0)
+    place = table + (source * items + item).to(tl.int64) * 4
+    tl.store(place, at // slots, mask=item < items)
+    tl.store(place + 1, at % slots, mask=item < items)
+    tl.store(place + 2, item - before, mask=item < items)
+    tl.store(place + 3, last - before, mask=item < items)
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -187,6 +187,32 @@ def test_work_tables_name_the_rows_longest_first(case):
         assert live.tolist() == [sum(item[3] > 0 for item in expected)]
 
 
+@here
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("case", [case for case in CASES if case.mask_heads == 2], ids=lambda case: case.name)
+def test_column_tables_name_every_part_of_every_list(case, kv_heads):
+    """Two mask heads: of one key head, of one each, or shared by two. One key head after the other."""
+    from sparring.kernels.triton_order import columns_in_order, longest_first
+
+    plan, sources = make(case)
+    bound = bind(plan, sources)
+    slots, count = bound.blocks_per_source, len(sources)
+    tiles = bound.key_ptr.diff().view(case.batch, 2, count, slots).permute(2, 0, 1, 3)
+    tiles = tiles.sum(2, keepdim=True) if kv_heads == 1 else tiles.repeat_interleave(kv_heads // 2, 2)
+    tiles = tiles.int().flatten(1, 2)
+    order = longest_first(tiles, 2 * bound.rows)
+    for shares in (0, 5):
+        tables, live = columns_in_order(tiles.flatten(1).contiguous(), order, slots, shares, 2)
+        for lengths, table, used in zip(tiles.tolist(), tables.tolist(), live[:, 0].tolist(), strict=True):
+            longest = max(2, sum(map(sum, lengths)) // shares) if shares else 10**9
+            expected = []
+            for head, of_head in enumerate(lengths):
+                for slot in sorted(range(slots), key=lambda slot: -of_head[slot]):
+                    parts = max(1, (of_head[slot] + longest // 2) // longest) if of_head[slot] else 0
+                    expected += [[head, slot, part, parts] for part in range(parts)]
+            assert table[:used] == expected
+
+
 def large(blocks: int, heads: int) -> Plan:
     """A quarter of the tiles of a causal mask, made without a bool of each."""
     geometry = Geometry.causal(1, blocks * 128, device="cuda")
