@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreted
 import machine
 import oracle
 import pytest
@@ -41,10 +42,7 @@ else:
 
     @machine.needs("triton", "numpy < 2.4")
     def test_in_a_process_of_its_own():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        interpreted.check(__file__)
 
     @machine.needs("triton")
     def test_shipped_configurations_compile_for_hopper():

@@ -10,11 +10,11 @@ import dataclasses
 import importlib
 import inspect
 import os
-import subprocess
 import sys
 import threading
 from dataclasses import dataclass
 
+import interpreted
 import machine
 import oracle
 import pytest
@@ -57,10 +57,7 @@ if not INTERPRETED:
 
     @machine.needs("triton", "numpy < 2.4")
     def test_in_a_process_of_its_own():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        interpreted.check(__file__)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,18 @@
+"""Test files that run again in a process of their own, in which Triton interprets its kernels on the CPU.
+
+The interpreter has to be chosen before triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def check(path: str) -> None:
+    """All tests of a file pass, interpreted."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
