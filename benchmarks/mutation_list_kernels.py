@@ -283,6 +283,34 @@ REFERENCE = [
 
 TRITON_KERNELS = [
     Mutation(
+        "Triton lists: partial tiles count as full ones",
+        "kernels/triton_lists.py",
+        "tl.store(num_full + x, full_count, mask=known)",
+        "tl.store(num_full + x, chosen_count, mask=known)",
+        "test_lists.py -k lists",
+    ),
+    Mutation(
+        "Triton lists: bits behind the last block become entries",
+        "kernels/triton_lists.py",
+        "chosen &= 0xFF >> tl.minimum(tl.maximum((byte + 1) * 8 - bits, 0), 8)",
+        "chosen &= 0xFF",
+        "test_lists.py -k behind",
+    ),
+    Mutation(
+        "the order of work: the first part of a list is computed twice, its last one never",
+        "kernels/triton_order.py",
+        "tl.store(place + 2, item - before, mask=item < items)",
+        "tl.store(place + 2, tl.maximum(item - before - 1, 0), mask=item < items)",
+        "test_lists.py -k column",
+    ),
+    Mutation(
+        "Triton selection: one code too many wins",
+        "kernels/triton_select.py",
+        "if kept >= keep:",
+        "if kept > keep:",
+        "test_estimates.py -k top_k",
+    ),
+    Mutation(
         "Triton forward: the last partial tile of a row is dropped",
         "kernels/triton_forward.py",
         "for i in range(full * SPLIT, (end - begin) * SPLIT):",

@@ -16,8 +16,10 @@ TESTS = {
     "kernels/triton_columns.py": TRITON,
     "kernels/triton_forward.py": TRITON,
     "kernels/hopper": "",  # runs on a GPU only
-    "kernels/triton_estimates.py": "test_estimates.py -k process",
-    "kernels/triton_select.py": "test_estimates.py -k process",
+    "kernels/triton_estimates.py": "test_estimates.py -k 'fp64 and (ragged or packed or prefix)'",
+    "kernels/triton_lists.py": "test_lists.py",
+    "kernels/triton_order.py": "test_lists.py -k 'column or work or longest'",
+    "kernels/triton_select.py": "test_estimates.py -k 'top_k or threshold or tiles_of'",
     "kernels/estimates.py": "test_patterns.py",
     "kernels/select.py": "test_patterns.py",
     "kernels/columns.py": RING,
