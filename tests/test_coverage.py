@@ -21,9 +21,12 @@ BATCHES = ["whole", "packed", "padded"]
 def losing(source: int):
     """The reference steps without the keys of one source."""
 
-    def forward_step(q, k, v, bound, of, *rest):
+    def forward_step(q, k, v, bound, of, out, lse, scale, fresh):
         if of != source:
-            reference.forward_step(q, k, v, bound, of, *rest)
+            reference.forward_step(q, k, v, bound, of, out, lse, scale, fresh)
+        elif fresh:
+            out.zero_()
+            lse.fill_(-torch.inf)
 
     return SimpleNamespace(**vars(reference) | {"forward_step": forward_step})
 

@@ -127,8 +127,8 @@ def rounded(x):
     return x.to(torch.bfloat16).to(x.dtype)
 
 
-def forward_step(q, k, v, bound, source, out, lse, scale):
-    reference.forward_step(q, k, v, bound, source, out, lse, scale)
+def forward_step(q, k, v, bound, source, out, lse, scale, fresh):
+    reference.forward_step(q, k, v, bound, source, out, lse, scale, fresh)
     out.copy_(rounded(out))
 
 
