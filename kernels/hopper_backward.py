@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .bound import BoundPlan
-from .hopper_forward import check, descriptor, in_fours, padded
+from .hopper_forward import check, descriptor, in_fours, padded, readable
 from .hopper_schedule import column_table
 from .triton_forward import LOG2E, intervals
 
@@ -40,7 +40,7 @@ def backward_keys(q, k, v, dout, lse, delta, bound: BoundPlan, source: int, dq, 
     table, live = column_table(bound, source, q.shape[1], k.shape[1], split=dq is not None)
     width, kv_heads = padded(q), k.shape[1]
     lists = max(1, bound.mask_heads // kv_heads)
-    q, k, v, dout, lse, delta = (x.contiguous() for x in (q, k, v, dout, lse, delta))
+    q, k, v, dout, lse, delta = (readable(x) for x in (q, k, v, dout, lse, delta))
     with torch.cuda.device(q.device):
         _backward[(table.shape[0],)](
             descriptor(q, QUERIES[width], width),

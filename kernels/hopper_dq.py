@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .bound import BoundPlan
-from .hopper_forward import QUERIES, check, descriptor, masked, padded, visible_keys
+from .hopper_forward import QUERIES, check, descriptor, masked, padded, readable, visible_keys
 from .hopper_schedule import work_table
 from .triton_forward import LOG2E, intervals
 
@@ -26,7 +26,7 @@ def backward_rows(q, k, v, dout, lse, delta, bound: BoundPlan, source: int, dq, 
     check(q, bound, scale)
     table, live = work_table(bound, source, q.shape[1], k.shape[1])
     width = padded(q)
-    q, k, v, dout, lse, delta = (x.contiguous() for x in (q, k, v, dout, lse, delta))
+    q, k, v, dout, lse, delta = (readable(x) for x in (q, k, v, dout, lse, delta))
     with torch.cuda.device(q.device):
         _rows[(table.shape[0],)](
             descriptor(q, QUERIES // 2, width),

@@ -39,6 +39,12 @@ def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, width], layout)
 
 
+def readable(x: Tensor) -> Tensor:
+    """x as TMA can read it: contiguous, from an address that divides by 16."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def padded(q: Tensor) -> int:
     """The head dim, filled up to what the kernels compute with."""
     return max(64, 1 << (q.shape[3] - 1).bit_length())
@@ -73,7 +79,7 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float,
     table, live = work_table(bound, source, q.shape[1], k.shape[1])
     width = padded(q)
     programs = min(table.shape[0], torch.cuda.get_device_properties(q.device).multi_processor_count)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = readable(q), readable(k), readable(v)
     with torch.cuda.device(q.device):
         _forward[(programs,)](
             descriptor(q, QUERIES // 2, width),
