@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[131072, 524288])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.05])
     parser.add_argument("--commit", help="written to the results where there is no git")
+    parser.add_argument("--out", type=Path, default=RESULTS / "plans.csv")
     options = parser.parse_args()
     check()
     git = dict(args=["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent)
@@ -112,7 +113,7 @@ def main() -> None:
             us = 1e3 * triton.testing.do_bench_cudagraph(function, rep=50, return_mode="median")
             rows.append(common | shape | dict(what=name, us=round(us, 1)))
             print(f"{length:7} tokens, density {density:4}: {name:9}{us:8.1f} us", flush=True)
-    with (RESULTS / "plans.csv").open("w", newline="") as file:
+    with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

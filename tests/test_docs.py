@@ -56,6 +56,8 @@ COMMANDS = {
     "make test-full": "",
     "make lint": "",
     "python benchmarks/copy_task.py": "",  # with fewer steps it misses its bars
+    "python benchmarks/estimates.py": "--lengths 8192 --heads 4 --kv-heads 2 --out OUT/estimates.csv",
+    "python benchmarks/plans.py": "--lengths 8192 --out OUT/plans.csv",
     "python benchmarks/kernels.py": "--cases quick --impls hopper triton --out OUT/kernels.csv",
     "python benchmarks/train_long.py": "--out OUT/train_131072 --draw",
     "python benchmarks/proof.py": "--digest",
@@ -63,6 +65,8 @@ COMMANDS = {
 }
 DRY = {"make test-full"}  # writes the table of results, and runs this file: only looked at
 NEEDS = {  # what a machine must have, in the words of machine.py
+    "python benchmarks/estimates.py": "gpu",
+    "python benchmarks/plans.py": "gpu",
     "python benchmarks/kernels.py": "hopper gpu",
     "python benchmarks/mutations.py": "numpy < 2.4",
     "make lint": "ruff",
