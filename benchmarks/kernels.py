@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch_config
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -220,6 +221,7 @@ class Others:
         return [self.out, *self.backward()]
 
 
+functorch_config.donated_buffer = False  # its backward is timed many times on one forward
 FLEX = torch.compile(flex_attention)
 
 

@@ -88,13 +88,15 @@ def test_a_block_has_one_graph_break(kind, backend):
     """Two graphs, the parts before and after attention, which all layers share.
 
     Attention lies in functions that the block calls. Torch resumes there, and not once in each of them, if
-    nested_graph_breaks is set.
+    nested_graph_breaks is set. Before torch 2.12 the number of the first layer, an attribute of our own block,
+    counts as a constant: its first part has a graph of its own, which no further layer needs.
     """
+    constant = kind == "own" and torch.__version__ < (2, 12)
     expected = step(None, kind)
     with torch._dynamo.config.patch(nested_graph_breaks=True):
         actual = step(None, kind, backend)
     same(actual, expected)
-    assert actual[2] == 2
+    assert actual[2] == (3 if constant else 2)
     assert all("sparse attention over ranks" in reason for reason in counters["graph_break"])
 
 
