@@ -4,8 +4,8 @@
     python benchmarks/kernels.py --cases all       # lengths 8k to 512k, head dims, densities, masks
     python benchmarks/kernels.py --draw            # only draws the picture of a CSV
 
-Checked against the reference first. TFLOP/s count 4 * D for every visible pair of a chosen tile, 2.5 times
-that backward. Lists are built before; `hopper` and `triton` are kernels on them, with fp32 results.
+Checked against the reference first. TFLOP/s count 4 * D for every pair of a chosen tile, whole tiles, 2.5
+times that backward. Lists are built before; `hopper` and `triton` are kernels on them, with fp32 results.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ OTHERS = ("cudnn", "flex")
 @dataclass(frozen=True)
 class Case:
     """tiles: random; random with one sink column; a window and a sink; slashes, half of them block columns,
-    half block diagonals; or all, in 8 packed documents. columns: random ones for each head as well.
+    half block diagonals; or all, in 8 packed documents. Not causal: random full tiles, or the same as partial
+    tiles, because the first query of every block sees nothing. columns: random ones for each head as well.
     sources: ring steps, one after the other.
     """
 
@@ -60,11 +61,14 @@ class Case:
     sources: int = 1
 
 
+OTHER_MASKS = ("documents", "full", "partial")  # than the causal one
 QUICK = (Case(1.0, 8192), Case(0.1, 8192))
 TARGETS = (
     *(Case(density) for density in (1.0, 0.25, 0.1, 0.05)),
     Case(0.05, tiles="sink"),
     *(Case(density, dim=64) for density in (1.0, 0.1)),
+    *(Case(0.1, tiles=tiles) for tiles in ("full", "partial")),
+    Case(1.0, 131072, 16, 4),
     Case(0.05, 131072, 16, 4),
     Case(0.05, 131072, 16, 4, sources=8),
 )
@@ -80,6 +84,8 @@ ALL = (
 )
 DENSE, SPARSE = Case(1.0), {density: Case(density) for density in (0.25, 0.1, 0.05)}
 LONG, RING = Case(0.05, 131072, 16, 4), Case(0.05, 131072, 16, 4, sources=8)
+LONG_DENSE = Case(1.0, 131072, 16, 4)
+PART, WHOLE = Case(0.1, tiles="partial"), Case(0.1, tiles="full")
 NARROW, SINK = Case(1.0, dim=64), Case(0.05, tiles="sink")
 
 
@@ -101,6 +107,7 @@ def asked() -> list[tuple[str, tuple, tuple, float]]:
         rows.append((f"{way}, 128k, density 0.05 / own dense", of(LONG, way), dense, long))
         rows.append((f"{way}, density 0.1 / FlexAttention", of(tenth, way), of(tenth, way, "flex"), flex))
         rows.append((f"{way}, one sink column / uniform", of(SINK, way), of(SPARSE[0.05], way), 1 / sink))
+        rows.append((f"{way}, partial tile / full tile", of(PART, way), of(WHOLE, way), 1 / 1.15))
         rows.append((f"{way}, 8 ring steps / one pass", of(RING, way), of(LONG, way), 1 / ring))
     deterministic, cudnn = of(DENSE, "backward", "hopper deterministic"), of(DENSE, "backward", "cudnn")
     rows.append(("backward, deterministic, dense / cuDNN", deterministic, cudnn, 0.87))
@@ -119,6 +126,10 @@ def make(case: Case, seed: int = 0) -> tuple:
     eighth = case.length // 8
     documents = [(i * eighth, (i + 1) * eighth) for i in range(8)] if case.tiles == "documents" else None
     geometry = Geometry.causal(1, case.length, device="cuda", documents=documents and (tuple(documents),))
+    if case.tiles in ("full", "partial"):
+        i = torch.arange(case.length, device="cuda")[None]
+        blind = (i % 128 == 0) & (case.tiles == "partial")
+        geometry = Geometry.from_intervals(i * 0, torch.where(blind, -1, i * 0 + case.length - 1), 128)
     shape = (1, case.heads, geometry.num_blocks, geometry.num_blocks)
     tiles = choose(case, shape, g)
     columns = None
@@ -147,9 +158,9 @@ def choose(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def pairs(plan: Plan) -> float:
-    """Visible pairs of all chosen tiles and columns."""
-    visible = plan.geometry.visible_elements[:, None]
-    total = float((plan.tiles_bool() * visible).sum(dtype=torch.float64))
+    """Pairs of queries and keys that are computed: 128 x 128 a tile, and the visible ones of columns."""
+    visible = (plan.geometry.visible_elements > 0)[:, None]
+    total = 128.0**2 * float((plan.tiles_bool() & visible).sum())
     return total + (0 if plan.columns is None else float(plan.column_elements().sum(dtype=torch.float64)))
 
 
@@ -280,7 +291,7 @@ def measure(case: Case, names) -> list[dict]:
     for name in names:
         if name == "cudnn" and (case.density < 1 or case.tiles != "random"):
             continue
-        if name == "flex" and (case.sources > 1 or case.columns or case.tiles == "documents"):
+        if name == "flex" and (case.sources > 1 or case.columns or case.tiles in OTHER_MASKS):
             continue
         if name == "flex" and case.length > 131072:
             continue  # its lists alone would need tens of GB
@@ -308,15 +319,20 @@ def describe(case: Case) -> str:
 
 def report(rows: list[dict]) -> None:
     """The targets: asked and measured; and c of efficiency = n / (n + c), by least squares."""
-    rate = {(r["impl"], r["direction"], Case(**{f: r[f] for f in asdict(DENSE)})): r["tflops"] for r in rows}
+    case_of = {id(r): Case(**{f: r[f] for f in asdict(DENSE)}) for r in rows}
+    rate = {(r["impl"], r["direction"], case_of[id(r)]): r["tflops"] for r in rows}
     print(f"\n{'ratio':48} {'asked':>6} {'measured':>9}")
     for name, above, below, floor in asked():
         if above in rate and below in rate:
             ratio = rate[above] / rate[below]
             print(f"{name:48} {floor:6.2f} {ratio:9.2f} {'' if ratio >= floor else 'missed'}")
+    dense = sum(r["ms"] for r in rows if r["impl"] == "cudnn" and case_of[id(r)] == LONG_DENSE)
+    sparse = sum(r["ms"] for r in rows if r["impl"] == "hopper" and case_of[id(r)] == LONG)
+    if dense and sparse:
+        print(f"128k, density 0.05: forward and backward {dense / sparse:.1f} times as fast as dense cuDNN")
     for way in ("forward", "backward"):
         some = [r for r in rows if r["impl"] == "hopper" and r["direction"] == way]
-        some = [r for r in some if Case(**{f: r[f] for f in asdict(DENSE)}) in (DENSE, *SPARSE.values())]
+        some = [r for r in some if case_of[id(r)] in (DENSE, *SPARSE.values())]
         if len(some) > 1:
             top = max(r["tflops"] for r in some)
             x = torch.tensor([[1 / r["tiles_per_row"]] for r in some])

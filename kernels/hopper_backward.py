@@ -124,7 +124,7 @@ def _producer(descriptors, lse, delta, bounds, entries, key_base, item, plan, si
               LISTS: gl.constexpr, SHARE: gl.constexpr, PREFIX: gl.constexpr):  # fmt: skip
     dq, ddout, dk, dv = descriptors
     keys, values, queries, grads, rows_shared, dscores = shared
-    norms, deltas, codes = rows_shared
+    norms, deltas, codes, tokens = rows_shared
     k_full, v_full, q_full, g_full, r_full, empty, s_full, s_empty = bars
     key_head, slot, part, parts = item
     rows, key_tokens, heads, kv_heads = sizes
@@ -163,6 +163,7 @@ def _producer(descriptors, lse, delta, bounds, entries, key_base, item, plan, si
             tma.async_copy_global_to_shared(ddout, [token, 0], g_full.index(stage), grads.index(stage))
             norms.index(stage).store(norm)
             deltas.index(stage).store(difference)
+            tokens.index(stage).store(gl.full([1], token, gl.int32, EACH))
             if i >= full * STEP:
                 codes.index(stage).store(_codes(bounds, in_batch + each, base, PREFIX))
             mbarrier.arrive(r_full.index(stage), count=1)
@@ -202,13 +203,13 @@ def _add_dq(PART: gl.constexpr, dq, token, x, scale, kept, DIM: gl.constexpr, QU
     """Adds this warpgroup's part of dQ of the tile that begins at `token`."""
     LAYOUT: gl.constexpr = in_fours(x.shape[1])
     x = gl.convert_layout(x, LAYOUT)
-    row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    row = token + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
     if QUERIES == 64:
         column += PART * x.shape[1]
     else:
         row += PART * 64
-    target = dq + (token.to(gl.int64) + row)[:, None] * DIM + column[None, :]
+    target = dq + row.to(gl.int64)[:, None] * DIM + column[None, :]
     gl.atomic_add(target, x * scale, mask=(column < DIM)[None, :] & kept, sem="relaxed")
 
 
@@ -216,9 +217,9 @@ def _add_dq(PART: gl.constexpr, dq, token, x, scale, kept, DIM: gl.constexpr, QU
 def _tile(PART: gl.constexpr, MASKED: gl.constexpr, count, dk, dv, before, dq, scale_log2, scale, at,
           zeros, dq_zeros, shared, bars, DIM: gl.constexpr, PREFIX: gl.constexpr,
           WITH_DQ: gl.constexpr):  # fmt: skip
-    """One query tile: dk and dv with it added; dQ of the tile before it, which begins at `before`."""
+    """One query tile: dk and dv with it added, and where it begins; dQ of the one that begins at `before`."""
     keys, values, queries, grads, rows_shared, dscores = shared
-    norms, deltas, codes = rows_shared
+    norms, deltas, codes, tokens = rows_shared
     k_full, v_full, q_full, g_full, r_full, empty, s_full, s_empty = bars
     SCORES: gl.constexpr = zeros.type.layout
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
@@ -242,7 +243,9 @@ def _tile(PART: gl.constexpr, MASKED: gl.constexpr, count, dk, dv, before, dq, s
     dweights = warpgroup_mma_wait(1, deps=[dweights])
     ds = (weights * (dweights - deltas.index(stage).load(QUERY)[None, :])).to(TYPE)
     dk = warpgroup_mma(gl.convert_layout(ds, OPERAND), q, dk, is_async=True)
+    token = before
     if WITH_DQ:
+        token = tokens.index(stage).load(before.type.layout)
         mbarrier.wait(s_empty.index(stage), phase ^ (1 - stage))
         dscores.index(stage * 2 + PART).store(ds)
         fence_async_shared()
@@ -256,7 +259,7 @@ def _tile(PART: gl.constexpr, MASKED: gl.constexpr, count, dk, dv, before, dq, s
     else:
         dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
         mbarrier.arrive(empty.index(stage), count=1)
-    return dk, dv
+    return dk, dv, token
 
 
 @gluon.jit
@@ -275,13 +278,13 @@ def _add_keys(target, x, first, DIM: gl.constexpr, ATOMIC: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(PART: gl.constexpr, dq, dk_out, dv_out, entries, item, plan, sizes, scale_log2, scale, shared,
+def _consumer(PART: gl.constexpr, dq, dk_out, dv_out, item, plan, sizes, scale_log2, scale, shared,
               bars, LISTS: gl.constexpr, SHARE: gl.constexpr, DIM: gl.constexpr, PREFIX: gl.constexpr,
               WITH_DQ: gl.constexpr):  # fmt: skip
     keys, values, queries, grads, rows_shared, dscores = shared
     k_full, v_full, q_full, g_full, r_full, empty, s_full, s_empty = bars
     key_head, slot, part, parts = item
-    rows, key_tokens, heads, kv_heads = sizes
+    key_tokens = sizes[1]
     QUERIES: gl.constexpr = queries.shape[1]
     WIDTH: gl.constexpr = queries.shape[2]
     DQ_WIDTH: gl.constexpr = WIDTH // 2 if QUERIES == 64 else WIDTH
@@ -299,28 +302,19 @@ def _consumer(PART: gl.constexpr, dq, dk_out, dv_out, entries, item, plan, sizes
     if WITH_DQ:
         mbarrier.arrive(s_full.index(1), count=1)
     count = 0  # query tiles computed
-    before = count
-    begin, full, n = _list(0, key_head, slot, part, parts, plan, LISTS)
-    row = gl.load(entries + begin)
+    before = gl.zeros([1], gl.int32, gl.SliceLayout(1, in_fours(DQ_WIDTH)))
+    full, n = _list(0, key_head, slot, part, parts, plan, LISTS)[1:]
     for member in range(LISTS):
         following = _list(gl.minimum(member + 1, LISTS - 1), key_head, slot, part, parts, plan, LISTS)
-        next_row = gl.load(entries + following[0])
-        entry = entries + begin
         for i in range(0, full * STEP):
-            dk, dv = _tile(PART, False, count + i, dk, dv, before, dq, scale_log2, scale, at, zeros,
-                           dq_zeros, shared, bars, DIM, PREFIX, WITH_DQ)  # fmt: skip
-            before, _ = _first_token(i, row, member, key_head, rows, heads, kv_heads, LISTS, SHARE, QUERIES)
-            row = gl.load(entry + (i + 1) // STEP)
-        # Not a loop from `full` on: Triton 3.6 takes a carried value for constant if it only bounds loops.
-        for j in range(0, (n - full) * STEP):
-            i = full * STEP + j
-            dk, dv = _tile(PART, True, count + i, dk, dv, before, dq, scale_log2, scale, at, zeros,
-                           dq_zeros, shared, bars, DIM, PREFIX, WITH_DQ)  # fmt: skip
-            before, _ = _first_token(i, row, member, key_head, rows, heads, kv_heads, LISTS, SHARE, QUERIES)
-            row = gl.load(entry + (i + 1) // STEP)
-        count += n * STEP
-        begin, full, n = following
-        row = next_row
+            dk, dv, before = _tile(PART, False, count + i, dk, dv, before, dq, scale_log2, scale, at, zeros,
+                                   dq_zeros, shared, bars, DIM, PREFIX, WITH_DQ)  # fmt: skip
+        count += full * STEP
+        for i in range(0, (n - full) * STEP):
+            dk, dv, before = _tile(PART, True, count + i, dk, dv, before, dq, scale_log2, scale, at, zeros,
+                                   dq_zeros, shared, bars, DIM, PREFIX, WITH_DQ)  # fmt: skip
+        count += (n - full) * STEP
+        full, n = following[1:]
     if WITH_DQ:
         last = (count & 1) ^ 1
         sums = _start_dq(PART, last, (count >> 1) & 1, keys, dscores, s_full, dq_zeros)
@@ -348,6 +342,7 @@ def _backward(
         norms = gl.allocate_shared_memory(gl.float32, [2, QUERIES], LINE)
         deltas = gl.allocate_shared_memory(gl.float32, [2, QUERIES], LINE)
         codes = gl.allocate_shared_memory(gl.int32, [2, QUERIES], LINE)
+        tokens = gl.allocate_shared_memory(gl.int32, [2, 1], LINE)
         dscores = gl.allocate_shared_memory(
             dq_in.dtype, [4 if WITH_DQ else 1, 64, QUERIES], gl.NVMMASharedLayout(128, 16, 2)
         )
@@ -370,7 +365,7 @@ def _backward(
             mbarrier.init(s_full.index(i), count=2)
             mbarrier.init(s_empty.index(i), count=2)
         fence_async_shared()
-        shared = (keys, values, queries, grads, (norms, deltas, codes), dscores)
+        shared = (keys, values, queries, grads, (norms, deltas, codes, tokens), dscores)
         bars = (k_full, v_full, q_full, g_full, r_full, empty, s_full, s_empty)
         place = table + gl.program_id(0) * 4
         item = (gl.load(place), gl.load(place + 1), gl.load(place + 2), gl.load(place + 3))
@@ -380,9 +375,9 @@ def _backward(
         inputs = (dq_in, ddout, dk_in, dv_in)
         gl.warp_specialize(
             [
-                (_consumer, (0, dq, dk, dv, key_tiles, item, plan, sizes, scale_log2, scale, shared, bars,
+                (_consumer, (0, dq, dk, dv, item, plan, sizes, scale_log2, scale, shared, bars,
                              LISTS, SHARE, DIM, PREFIX, WITH_DQ)),
-                (_consumer, (1, dq, dk, dv, key_tiles, item, plan, sizes, scale_log2, scale, shared, bars,
+                (_consumer, (1, dq, dk, dv, item, plan, sizes, scale_log2, scale, shared, bars,
                              LISTS, SHARE, DIM, PREFIX, WITH_DQ)),
                 (_producer, (inputs, lse, delta, bounds, key_tiles, key_base, item, plan, sizes, shared, bars,
                              LISTS, SHARE, PREFIX)),

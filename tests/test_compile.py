@@ -88,7 +88,7 @@ def test_a_block_has_one_graph_break(kind, backend):
     """Two graphs, the parts before and after attention, which all layers share.
 
     Attention lies in functions that the block calls. Torch resumes there, and not once in each of them, if
-    nested_graph_breaks is set. Before torch 2.12 the number of the first layer, an attribute of our own block,
+    nested_graph_breaks is set. Before torch 2.12 the number of the first layer, an attribute of our block,
     counts as a constant: its first part has a graph of its own, which no further layer needs.
     """
     constant = kind == "own" and torch.__version__ < (2, 12)

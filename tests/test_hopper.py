@@ -25,7 +25,7 @@ SIZE, LENGTH = 128, 1100  # 9 blocks, the last one ragged
 def test_shipped_configurations_compile_for_hopper(arguments):
     """No serialised wgmma; no spills in the loops of the forward, few reloads in other mask-free loops.
 
-    The fused backward needs a few registers more than there are, with masks some dozens.
+    The fused backward needs some registers more than there are with masks, and for head dim 64 always.
     """
     script = Path(__file__).parent / "hopper_compile.py"
     command = [sys.executable, script, *arguments]
@@ -41,8 +41,8 @@ def test_shipped_configurations_compile_for_hopper(arguments):
         if each["kernel"] == "_forward":
             assert max(loops) == 0, each
         else:
-            assert max(loops[:2]) <= (8 if each.get("WITH_DQ") else 1), each
-            assert max(loops) <= 48, each
+            assert max(loops[:2]) <= (28 if each.get("WITH_DQ") and each["WIDTH"] == 64 else 1), each
+            assert max(loops[2:]) <= 26, each
 
 
 def geometry(mask: str) -> Geometry:
