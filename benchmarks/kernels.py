@@ -351,13 +351,13 @@ def draw(path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, way in zip(axes, ("forward", "backward"), strict=True):
-        for name in (*OURS, *OTHERS):
+        for number, name in enumerate((*OURS, *OTHERS)):
             points = sorted((float(r["density"]), float(r["tflops"])) for r in rows
                             if r["impl"] == name and r["direction"] == way)  # fmt: skip
             if points and name == "cudnn":
                 axis.axhline(points[0][1], color="gray", linestyle="--", label="cuDNN, dense")
             elif points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+                axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=name)
         axis.set(xscale="log", xlabel="density of chosen tiles", title=way)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("TFLOP/s of active tiles")
