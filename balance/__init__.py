@@ -21,10 +21,11 @@ from .cost import (
 )
 from .layout import Layout, contiguous, from_assignment, striped, zigzag
 from .planner import Candidate, Decision, PlannerState, candidates, choose, resolve
-from .schedule import Schedule, Step, Transfer, ring
+from .schedule import EXCHANGES, Schedule, Step, Transfer, gather, hierarchical, ring
 from .statistics import Statistics, measure
 
 __all__ = [
+    "EXCHANGES",
     "Candidate",
     "Decision",
     "ExpectedTiles",
@@ -41,6 +42,8 @@ __all__ = [
     "expected_tiles",
     "first_blocks",
     "from_assignment",
+    "gather",
+    "hierarchical",
     "measure",
     "resolve",
     "ring",

@@ -92,15 +92,29 @@ BALANCE = [
     Mutation(
         "the gradients of the last hop are not sent",
         "balance/schedule.py",
-        "gradients=hop if backward and world > 1 else None",
-        "gradients=hop if backward and step < world - 1 else None",
+        "        if inner > 1:\n",
+        "        if inner > 1 and step < inner - 1:\n",
         SCHEDULE,
+    ),
+    Mutation(
+        "the sum of a node crosses to the next one before its last share has come",
+        "balance/schedule.py",
+        "yield across(turn - 1)",
+        "yield across(turn)",
+        SCHEDULE,
+    ),
+    Mutation(
+        "what came from other nodes is left out of what goes on",
+        "cp/attention.py",
+        "if outer else []",
+        "if False else []",
+        "test_zoo.py -k 'rings_of_rings and top_k' -m 'not full'",
     ),
     Mutation(
         "the ring turns the wrong way",
         "balance/schedule.py",
-        "source = (rank - step) % world",
-        "source = (rank + step) % world",
+        "+ (place - step) % inner",
+        "+ (place + step) % inner",
         SCHEDULE,
     ),
     Mutation(

@@ -24,8 +24,8 @@ EXCHANGE = [
     Mutation(
         "gradients are taken before they have arrived home",
         "cp/attention.py",
-        "        own, pending = arriving.pop(ring.transport.rank)\n        pending.wait()\n",
-        "        own, pending = arriving.pop(ring.transport.rank)\n",
+        "            pending.wait()\n            parts.append(received)\n",
+        "            parts.append(received)\n",
         RING,
     ),
     Mutation(
@@ -66,8 +66,8 @@ EXCHANGE = [
     Mutation(
         "the gradients that arrive are not added",
         "cp/attention.py",
-        "            gradient += received\n",
-        "            gradient += 0 * received\n",
+        "            total += other\n",
+        "            total += 0 * other\n",
         RING,
     ),
     Mutation(
@@ -385,8 +385,8 @@ KNOWING = [
     Mutation(
         "the report gives work to the wrong ring step",
         "cp/record.py",
-        "(rank[:, None] - rank) % transport.size",
-        "(rank[:, None] + rank) % transport.size",
+        "work.gather(1, torch.tensor(sources))",
+        "work.gather(1, torch.tensor(sources).flip(1))",
         AUTO,
     ),
     Mutation(

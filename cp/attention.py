@@ -8,7 +8,7 @@ last hop. Columns are gathered once, before the first step, and computed after t
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -41,8 +41,9 @@ class Ring:
     def link(self) -> Link:
         return self.transport if isinstance(self.transport, Link) else Link(self.transport)
 
-    def send(self, link: Link, transfer: Transfer, x: Tensor, shape, channel: str) -> tuple[Tensor, Pending]:
+    def send(self, link: Link, transfer: Transfer, x: Tensor, shape, what: str) -> tuple[Tensor, Pending]:
         """Starts a transfer; the returned tensor is filled once the pending is waited for."""
+        channel = f"outer {what}" if transfer.outer else what
         self.sent[channel] += x.numel() * x.itemsize
         receive = torch.empty(shape, dtype=x.dtype, device=x.device)
         return receive, link.exchange([x], transfer.send_to, [receive], transfer.recv_from, channel)
@@ -97,27 +98,33 @@ def _backward(q, k, v, out, lse, dout, dlse, bound: BoundPlan, ring: Ring, scale
     dtype = accumulator_dtype(q)
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     shape = _wire_shape(k, bound)
-    arriving: dict[int, tuple[Tensor, Pending]] = {}
-    hops = sum(step.gradients is not None for step in ring.schedule.backward)
-    for hop, (step, keys) in enumerate(_keys(k, v, bound, ring, "backward"), 1):
-        gradient = torch.zeros(shape, dtype=dtype, device=k.device)
+    shares: dict[int, Tensor] = {}  # of this rank, by source
+    arriving: dict[tuple[int, bool], list[tuple[Tensor, Pending]]] = defaultdict(list)  # by source, outer
+
+    def summed(source: int, outer: bool) -> Tensor:
+        """All that is here of a source, from other nodes too if `outer`; always in the same order."""
+        arrived = arriving.pop((source, False), []) + (arriving.pop((source, True), []) if outer else [])
+        parts = [shares.pop(source)] if source in shares else []
+        for received, pending in arrived:
+            pending.wait()
+            parts.append(received)
+        total, *others = parts
+        for other in others:
+            total += other
+        return total
+
+    hop, hops = 0, sum(len(step.gradients) for step in ring.schedule.backward)
+    for step, keys in _keys(k, v, bound, ring, "backward"):
+        shares[step.source] = gradient = torch.zeros(shape, dtype=dtype, device=k.device)
         ring.steps.backward_step(
             q, keys[0], keys[1], dout, lse, delta, bound, step.source, dq, *gradient, scale
         )
-        if step.source in arriving:
-            received, pending = arriving.pop(step.source)
-            pending.wait()
-            gradient += received
-        if step.gradients is None:
-            own = gradient
-        else:
-            transfer = step.gradients
+        for transfer in step.gradients:
+            hop += 1
             link = ring.link.at("backward", hop, hops)
-            arriving[transfer.receives] = ring.send(link, transfer, gradient, shape, "grads")
-    if ring.transport.rank in arriving:
-        own, pending = arriving.pop(ring.transport.rank)
-        pending.wait()
-    dk, dv = own[:, :, :, : k.shape[2]]
+            received = ring.send(link, transfer, summed(transfer.sends, transfer.outer), shape, "grads")
+            arriving[transfer.receives, transfer.outer].append(received)
+    dk, dv = summed(ring.transport.rank, True)[:, :, :, : k.shape[2]]
     if columns is not None:
         ck, cv = _finish_columns(columns)
         dcolumns = torch.zeros(2, *ck.shape, dtype=dtype, device=k.device)
@@ -137,17 +144,17 @@ def _wire_shape(k: Tensor, bound: BoundPlan) -> tuple[int, ...]:
 def _keys(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, phase: str):
     """Yields (step, keys and values [2, B, Hk, n*block, D] of its source), moving them meanwhile."""
     shape, steps = _wire_shape(k, bound), getattr(ring.schedule, phase)
-    hops = sum(step.keys is not None for step in steps)
+    hop, hops = 0, sum(len(step.keys) for step in steps)
     own = torch.stack((k, v))
     if own.shape[3] < shape[3]:  # a copy only where shards are uneven
         own = torch.nn.functional.pad(own, (0, 0, 0, shape[3] - own.shape[3]))
     held: dict[int, Tensor] = {ring.transport.rank: own}
     arriving: dict[int, Pending] = {}
-    for hop, step in enumerate(steps, 1):
+    for step in steps:
         if step.source in arriving:
             arriving.pop(step.source).wait()
-        if step.keys is not None:
-            transfer = step.keys
+        for transfer in step.keys:
+            hop += 1
             link = ring.link.at(phase, hop, hops)
             received = ring.send(link, transfer, held[transfer.sends], shape, "keys")
             held[transfer.receives], arriving[transfer.receives] = received

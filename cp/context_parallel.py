@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..balance import Decision, Layout, PlannerState, Statistics, resolve, ring
+from ..balance import Decision, Layout, PlannerState, Schedule, Statistics, resolve
 from ..balance.layout import named
 from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, check_scale, steps
 from ..kernels.bound import prepare
@@ -36,6 +35,7 @@ from .batch import (
 from .coverage import check_keys, count_keys
 from .errors import Place
 from .estimate import sampled_recall
+from .exchange import check_exchange, resolve_exchange, schedules
 from .finite import check_finite
 from .isolated import isolated
 from .link import Link
@@ -43,21 +43,20 @@ from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
 from .mesh import connect
 from .record import Record, Report
 from .shard import Shard, full_plans
-from .transport import Alone, Distributed, agree
+from .transport import Alone, Distributed, Transport, agree
 from .verify import Verification, verify_model
-
-EXCHANGES = ("auto", "ring")
-LATER_EXCHANGES = ("hierarchical", "gather", "pull", "heads")
 
 
 class ContextParallel:
     """Trains a model on sequences sharded over the ranks of a mesh.
 
-    mesh: DeviceMesh; None for one process. axes: its context-parallel axes. data_axes: its data axes,
-        so that losses and gradients know the whole group.
+    mesh: DeviceMesh; None for one process. axes: its context-parallel axis, or two, of the nodes and of the
+        ranks inside a node. data_axes: its data axes, so that losses and gradients know the whole group.
     pattern: a Pattern, the name of one, or {layer: pattern} with an optional "default".
     layout: "auto" (chosen each step), "contiguous", "zigzag", "striped", "striped(g)", or a Layout.
-    exchange: how keys reach the ranks that need them: "ring" ("auto" means ring today).
+    exchange: how keys reach the ranks that need them: "ring"; "hierarchical", a ring of nodes around rings
+        inside of them; "gather", from every rank to all others at once; "auto": hierarchical if there are
+        two axes, else ring.
     grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
         `sum_gradients` (or anything else that sums).
     deterministic: bit-identical from run to run, at some cost in the backward on Hopper GPUs.
@@ -89,10 +88,7 @@ class ContextParallel:
         impl: str = "auto",
         timeout: float = 300.0,
     ):
-        if exchange in LATER_EXCHANGES or not isinstance(exchange, str):
-            raise NotImplementedError(f"exchange {exchange!r}; implemented are {EXCHANGES}")
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange {exchange!r} is unknown; use one of {EXCHANGES}")
+        check_exchange(exchange)
         if grad_reduce not in ("mean", "sum"):
             raise ValueError(f"grad_reduce {grad_reduce!r} is unknown; use 'mean' (FSDP, DDP) or 'sum'")
         if impl not in IMPLEMENTATIONS:
@@ -106,7 +102,8 @@ class ContextParallel:
         groups = connect(mesh, axes, data_axes, timeout)
         self.transport, self.everyone = groups.ring, groups.everyone
         self.patterns = _patterns(pattern)
-        self.layout, self.exchange, self.grad_reduce = layout, exchange, grad_reduce
+        self.exchange = resolve_exchange(exchange, axes, self.transport)
+        self.layout, self.grad_reduce = layout, grad_reduce
         self.deterministic, self.debug, self.impl = deterministic, debug, impl
         self.block_size, self.recall_every, self.count_keys = block_size, recall_every, count_keys
         self.model: nn.Module | None = None
@@ -124,7 +121,7 @@ class ContextParallel:
         pattern = self.patterns["default"] if len(self.patterns) == 1 else self.patterns
         return (
             f"ContextParallel(cp {self.transport.size} of {self.everyone.size} ranks, pattern={pattern}, "
-            f"layout={self.layout}, exchange=ring, grad_reduce={self.grad_reduce}, "
+            f"layout={self.layout}, exchange={self.exchange}, grad_reduce={self.grad_reduce}, "
             f"block_size={self.block_size})"
         )
 
@@ -358,13 +355,8 @@ class ContextParallel:
     def pattern_of(self, layer: Hashable) -> Pattern:
         return self.patterns.get(layer, self.patterns["default"])
 
-    @staticmethod
-    @lru_cache
-    def _ring(rank: int, world: int):
-        return ring(rank, world)
-
-    def schedule(self, transport):
-        return self._ring(transport.rank, transport.size)
+    def schedule(self, transport: Transport) -> Schedule:
+        return schedules(self.exchange, transport)[transport.rank]
 
     def loss(
         self,
@@ -417,7 +409,7 @@ class ContextParallel:
             raise ValueError("nothing to report yet; call shard and run the model first")
         of = self._last if shard is None else (shard.record, shard.transport, shard.layout)
         check_keys(of[0].keys, of[1])
-        return of[0].report(of[1], of[2], "ring")
+        return of[0].report(of[1], of[2], schedules(self.exchange, of[1]))
 
     def plans(self, shard: Shard) -> dict[Hashable, Plan]:
         """Plans of the whole sequence by layer, for `replay`. All ranks call it."""

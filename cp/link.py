@@ -81,6 +81,10 @@ class Link:
     def ranks(self) -> tuple[int, ...]:
         return self.transport.ranks
 
+    @property
+    def nodes(self) -> int:
+        return self.transport.nodes
+
     def at(self, phase: str, hop: int | None = None, hops: int | None = None) -> Link:
         return replace(self, place=replace(self.place, phase=phase, hop=hop, hops=hops))
 

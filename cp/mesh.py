@@ -28,8 +28,8 @@ def connect(
     """Groups of this rank. Every rank of the mesh must call it, in the same program order.
 
     mesh: a DeviceMesh with the named axes; None for a single process; or a Transport, whose ranks are
-    the context-parallel group (ranks as threads). timeout: seconds to wait for another rank. Raises
-    ValueError naming the axes that are missing.
+    the context-parallel group (ranks as threads). axes: one, or two, of the nodes and of the ranks inside a
+    node. timeout: seconds to wait for another rank. Raises ValueError naming the axes that are missing.
     """
     if mesh is None:
         return Groups(Alone(), Alone())
@@ -47,13 +47,20 @@ def connect(
         )
     if set(axes) & set(data_axes):
         raise ValueError(f"axes {axes} and data_axes {data_axes} overlap; an axis has one use")
-    ring = _transport(mesh, axes, ("keys", "grads", "control", "headers"), timeout)
+    if len(axes) > 2:
+        raise ValueError(
+            f"axes {axes} are {len(axes)}; give one, or two: of nodes and of ranks inside a node"
+        )
+    channels, nodes = ("keys", "grads", "control", "headers"), 1
+    if len(axes) == 2:
+        channels, nodes = (*channels, "outer keys", "outer grads"), mesh.size(names.index(axes[0]))
+    ring = _transport(mesh, axes, channels, timeout, nodes)
     everyone = _transport(mesh, (*data_axes, *axes), ("control", "headers"), timeout) if data_axes else ring
     return Groups(ring, everyone)
 
 
 def _transport(
-    mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...], timeout: float
+    mesh: DeviceMesh, axes: tuple[str, ...], channels: tuple[str, ...], timeout: float, nodes: int = 1
 ) -> Transport:
     """The group of all ranks that differ from this one in the given axes only, in mesh order."""
     names = mesh.mesh_dim_names
@@ -73,7 +80,7 @@ def _transport(
                 for channel in channels
             }
             if me in ranks:
-                mine = Distributed(ranks.index(me), tuple(ranks), groups, timeout)
+                mine = Distributed(ranks.index(me), tuple(ranks), groups, timeout, nodes)
     if mine is None:
         raise ValueError(f"rank {me} is not in the mesh {mesh}; make ContextParallel on its ranks only")
     return mine

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..balance import Statistics, step_imbalance, worker_imbalance
+from ..balance import Schedule, Statistics, step_imbalance, worker_imbalance
 from ..kernels.bound import BoundPlan
 from ..kernels.geometry import EMPTY, Geometry
 from .link import Waits
@@ -73,8 +73,8 @@ class Record:
         vector[3] /= block_size
         return Statistics.from_vector(vector.ravel())
 
-    def report(self, transport: Transport, layout, exchange: str) -> Report:
-        """Combined over the group. All ranks call it."""
+    def report(self, transport: Transport, layout, schedules: Sequence[Schedule]) -> Report:
+        """Combined over the group. All ranks call it. schedules: of every rank."""
         layers = list(self.elements)
         if not layers:
             raise ValueError("no attention ran with this shard; call the model with **shard.inputs first")
@@ -82,11 +82,12 @@ class Record:
         transport.all_reduce(elements).wait()
         tiles, columns, visible = elements.double().cpu().T
         work = transport.all_gather(torch.stack([self.work[layer] for layer in layers]).sum(0))
-        rank = torch.arange(transport.size)
-        by_step = work.cpu()[rank[:, None], (rank[:, None] - rank) % transport.size]
-        by_step = torch.cat((by_step, work.cpu()[:, -1:]), 1).numpy()
+        sources = [[step.source for step in schedule.forward] for schedule in schedules]
+        work = work.cpu()
+        by_step = torch.cat((work.gather(1, torch.tensor(sources)), work[:, -1:]), 1).numpy()
         recall = {layer: float(value) for layer, value in self.recall.items()}
-        moved = torch.tensor([self.bytes[c] for c in _CHANNELS], dtype=torch.int64)
+        channels = (*_CHANNELS, *_OUTER) if transport.nodes > 1 else _CHANNELS
+        moved = torch.tensor([self.bytes[c] for c in channels], dtype=torch.int64)
         moved = transport.all_gather(moved.to(elements.device)).sum(0).tolist()
         keys = {layer: torch.stack(runs).sum(0)[:2] for layer, runs in self.keys.items()}
         for total in keys.values():
@@ -95,7 +96,7 @@ class Record:
         waited, elapsed = transport.all_gather(waits.to(elements.device)).cpu().T
         return Report(
             layout=layout.name,
-            exchange=exchange,
+            exchange=schedules[0].name,
             density=float((tiles + columns).sum() / visible.sum()),
             density_tiles=float(tiles.sum() / visible.sum()),
             density_by_layer=dict(zip(layers, ((tiles + columns) / visible).tolist(), strict=True)),
@@ -104,7 +105,7 @@ class Record:
             worker_imbalance=worker_imbalance(by_step),
             step_imbalance=step_imbalance(by_step),
             work=by_step,
-            bytes_moved=dict(zip(_CHANNELS, moved, strict=True)),
+            bytes_moved=dict(zip(channels, moved, strict=True)),
             waited=tuple(waited.tolist()),
             straggler=find_straggler(waited.tolist(), float(elapsed.max()), transport.ranks),
             keys_by_layer={layer: tuple(total.tolist()) for layer, total in keys.items()},
@@ -112,6 +113,7 @@ class Record:
 
 
 _CHANNELS = ("keys", "grads", "columns")
+_OUTER = ("outer keys", "outer grads")  # between nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +122,9 @@ class Report:
 
     density, density_tiles: computed pairs / visible pairs, with and without columns. recall: share of
     the attention mass that the plans hold, of sampled queries, or None where not sampled this step.
-    work: float64 [W, W + 1], tiles of each rank in each ring step, column work last, summed over layers.
-    bytes_moved: by traffic class, over all ranks and layers, forward and backward.
+    work: float64 [W, W + 1], tiles of each rank in each step, column work last, summed over layers.
+    bytes_moved: by traffic class, over all ranks and layers, forward and backward; what moves between nodes
+    has classes of its own where there are several.
     waited: seconds that each rank of the group waited for messages of others in attention; on CUDA, that
     its stream did. straggler: global rank that the others waited for, if there is one.
     keys_by_layer: (pairs that queries saw, pairs that plans promised) summed over the times that the layer

@@ -57,8 +57,8 @@ class _Hub:
 class ThreadTransport:
     """One rank of a group of threads. Messages are copied when sent, so buffers may be reused."""
 
-    def __init__(self, rank: int, hub: _Hub):
-        self.rank, self.size, self._hub = rank, hub.size, hub
+    def __init__(self, rank: int, hub: _Hub, nodes: int):
+        self.rank, self.size, self.nodes, self._hub = rank, hub.size, nodes, hub
         self.ranks = tuple(range(hub.size))
         self._calls: Counter[str] = Counter()  # collectives are matched by their place in program order
 
@@ -112,10 +112,13 @@ class ThreadTransport:
             )
 
 
-def run(world: int, body: Callable[[Transport], Result], timeout: float = 120.0) -> list[Result]:
+def run(
+    world: int, body: Callable[[Transport], Result], timeout: float = 120.0, nodes: int = 1
+) -> list[Result]:
     """Runs body(transport) on `world` threads and returns what they return, in rank order.
 
     The first failure is raised after the others have been woken. timeout: seconds for any one wait.
+    nodes: that the ranks count as lying on, for a hierarchical ring.
     On a GPU the bodies must run their backward under torch.autograd.set_multithreading_enabled(False).
     """
     hub = _Hub(world, timeout)
@@ -123,7 +126,7 @@ def run(world: int, body: Callable[[Transport], Result], timeout: float = 120.0)
 
     def rank_body(rank: int) -> None:
         try:
-            results[rank] = body(ThreadTransport(rank, hub))
+            results[rank] = body(ThreadTransport(rank, hub, nodes))
         except BaseException as error:  # noqa: BLE001 - reported by the caller's thread
             hub.fail(rank, error)
 

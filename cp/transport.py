@@ -1,8 +1,9 @@
 """Transports: how tensors move between the ranks of one group.
 
-One small protocol. Ranks are places in the group (0 .. size - 1). Traffic of different channels ("keys",
-"grads", "control", "headers") never waits for each other. `Distributed` uses torch.distributed (gloo,
-NCCL), `threads.py` has the in-process form, `Alone` is a group of one.
+One small protocol. Ranks are places in the group (0 .. size - 1), node by node. Traffic of different channels
+("keys", "grads", the "outer" ones of both between nodes, "control", "headers") never waits for each other.
+`Distributed` uses torch.distributed (gloo, NCCL), `threads.py` has the in-process form, `Alone` is a group of
+one.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ class Pending:
 
 @runtime_checkable
 class Transport(Protocol):
-    """A group of ranks as one of them sees it. ranks: the global rank of each place."""
+    """A group of ranks as one of them sees it. ranks: the global rank of each place.
+
+    nodes: on how many nodes they lie, equally many on each, as far as that is known; else 1.
+    """
 
     rank: int
     size: int
     ranks: tuple[int, ...]
+    nodes: int
 
     def exchange(
         self, send: list[Tensor], send_to: int, receive: list[Tensor], recv_from: int, channel: str
@@ -65,6 +70,7 @@ class Alone:
     rank: int = 0
     size: int = 1
     ranks: tuple[int, ...] = (0,)
+    nodes: int = 1
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
         raise AssertionError("a group of one has nobody to exchange with")
@@ -81,12 +87,14 @@ class Distributed:
     """A group of torch.distributed; every channel has a communicator of its own.
 
     ranks: global ranks in group order. groups: the process group of each channel. timeout: theirs, seconds.
+    nodes: see Transport.
     """
 
     rank: int
     ranks: tuple[int, ...]
     groups: dict[str, dist.ProcessGroup]
     timeout: float
+    nodes: int = 1
 
     @property
     def size(self) -> int:

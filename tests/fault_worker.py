@@ -34,7 +34,8 @@ class Faulty:
 
     def __init__(self, transport, before: int, act):
         self.transport, self.before, self.act, self.messages = transport, before, act, 0
-        self.rank, self.size, self.ranks = transport.rank, transport.size, transport.ranks
+        self.rank, self.size = transport.rank, transport.size
+        self.ranks, self.nodes = transport.ranks, transport.nodes
         self.all_reduce, self.all_gather = transport.all_reduce, transport.all_gather
 
     def exchange(self, *args):

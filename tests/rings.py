@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparring.balance import Layout, contiguous, from_assignment, ring, striped, zigzag
+from sparring.balance import EXCHANGES, Layout, contiguous, from_assignment, striped, zigzag
 from sparring.cp import ContextParallel, run_threads
 from sparring.cp.attention import Ring, ring_attention
 from sparring.cp.record import Report
@@ -17,7 +17,6 @@ from sparring.cp.transport import Transport
 from sparring.kernels import Plan, bind, reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
-SCHEDULES: dict[str, Callable] = {"ring": ring}  # every exchange that exists
 
 
 def first_rank_empty(blocks: int, world: int, size: int) -> Layout:
@@ -40,7 +39,7 @@ class Wrapped:
 
     def __init__(self, inner: Transport):
         self.inner = inner
-        self.rank, self.size, self.ranks = inner.rank, inner.size, inner.ranks
+        self.rank, self.size, self.ranks, self.nodes = inner.rank, inner.size, inner.ranks, inner.nodes
 
     def exchange(self, send, send_to, receive, recv_from, channel):
         return self.inner.exchange(send, send_to, receive, recv_from, channel)
@@ -73,11 +72,12 @@ class Counting(Wrapped):
         return super().all_gather(x, *options)
 
 
-def on_ring(plan, layout, q, k, v, dout, dlse, exchange="ring", steps=reference, wrap=lambda x: x):
+def on_ring(plan, layout, q, k, v, dout, dlse, exchange="ring", steps=reference, wrap=lambda x: x, nodes=1):
     """out, lse, dq, dk, dv in logical order from a ring of threads that walks the given plan.
 
     plan: of the whole sequence. layout: of all its blocks. q, k, v, dout, dlse: [B, H, S, ...] of the S
-    tokens before padding. steps: what computes. wrap: what every rank puts around its transport.
+    tokens before padding. steps: what computes. wrap: what every rank puts around its transport. nodes:
+    that the ranks lie on.
     """
     length, world = q.shape[2], layout.world
     tail = plan.geometry.num_tokens - length
@@ -89,7 +89,7 @@ def on_ring(plan, layout, q, k, v, dout, dlse, exchange="ring", steps=reference,
         at = geometry.positions
         bound = bind(plan.rows(geometry), layout.assignment)
         leaves = [x[:, :, at].requires_grad_() for x in (q, k, v)]
-        around = Ring(wrap(transport), SCHEDULES[exchange](transport.rank, world), steps)
+        around = Ring(wrap(transport), EXCHANGES[exchange](transport.rank, world, nodes), steps)
         out, lse = ring_attention(*leaves, bound, around, q.shape[3] ** -0.5)
         grads = torch.autograd.grad((out, lse), leaves, (dout[:, :, at], dlse[:, :, at]))
         return [x.detach() for x in (out, lse, *grads)]

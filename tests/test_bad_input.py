@@ -45,8 +45,6 @@ def make(**options):
         ({"layout": 3}, ValueError, "unknown layout 3; use one of..zigzag"),
         ({"exchange": "rings"}, ValueError, "exchange 'rings' is unknown; use one of..'auto', 'ring'"),
         ({"exchange": "pull"}, NotImplementedError, "exchange 'pull'; implemented are..'ring'"),
-        ({"exchange": "hierarchical"}, NotImplementedError, "exchange 'hierarchical'; implemented are"),
-        ({"exchange": "gather"}, NotImplementedError, "exchange 'gather'; implemented are"),
         ({"exchange": "heads"}, NotImplementedError, "exchange 'heads'; implemented are"),
         ({"exchange": ("ring", "heads")}, NotImplementedError, "exchange ('ring', 'heads'); implemented are"),
         ({"grad_reduce": "avg"}, ValueError, "grad_reduce 'avg' is unknown; use 'mean'..or 'sum'"),
@@ -92,6 +90,13 @@ def construct(names, sizes, axes, data_axes):
             ("dp", "cp"),
             "('cp',) and data_axes ('dp', 'cp') overlap; an axis has one use",
         ),
+        (
+            ("rack", "node", "gpu"),
+            (1, 1, 2),
+            ("rack", "node", "gpu"),
+            (),
+            "axes ('rack', 'node', 'gpu') are 3; give one, or two: of nodes and of ranks inside a node",
+        ),
     ],
 )
 def test_mesh_axes(names, sizes, axes, data_axes, text):
@@ -100,6 +105,14 @@ def test_mesh_axes(names, sizes, axes, data_axes, text):
         assert message is not None
         with raises(ValueError, text):
             raise ValueError(message)
+
+
+def test_a_hierarchical_ring_needs_to_know_the_nodes():
+    def body(transport):
+        with raises(ValueError, "needs two axes of the mesh..got ('cp',); give both, or use exchange='ring'"):
+            ContextParallel(transport, exchange="hierarchical")
+
+    run_threads(2, body)
 
 
 def construct_by_name():

@@ -1,10 +1,27 @@
-"""The ring as data: all ranks of a schedule are simulated message by message."""
+"""Schedules as data: all ranks are simulated message by message."""
+
+from collections import Counter
 
 import pytest
 
-from sparring.balance import ring
+from sparring.balance import EXCHANGES, gather, hierarchical, ring
 
-WORLDS = [1, 2, 3, 4, 5, 8, 16]
+SHAPES = [(world, 1) for world in (1, 2, 3, 4, 5, 8, 16)]
+SHAPES += [(4, 2), (8, 2), (8, 4), (6, 3), (6, 2), (4, 4), (3, 3), (16, 4), (12, 3)]  # ranks, nodes
+CASES = [(name, *shape) for name in EXCHANGES for shape in SHAPES if name == "hierarchical" or shape[1] == 1]
+every_case = pytest.mark.parametrize(("name", "world", "nodes"), CASES)
+
+
+def of_all(name, world, nodes, phase):
+    """{rank: steps}"""
+    return {rank: getattr(EXCHANGES[name](rank, world, nodes), phase) for rank in range(world)}
+
+
+def posted(steps, number, what):
+    """The transfers of one step as [{rank: transfer}], in the order in which all ranks post them."""
+    each = {rank: getattr(steps[rank][number], what) for rank in steps}
+    assert len({tuple(t.outer for t in transfers) for transfers in each.values()}) == 1
+    return [dict(zip(each, column, strict=True)) for column in zip(*each.values(), strict=True)]
 
 
 def deliver(transfers):
@@ -15,77 +32,124 @@ def deliver(transfers):
     return {to: source for (_, to), source in sent.items()}
 
 
-def posted(steps, number, what):
-    """{rank: transfer} of one step; all ranks post it or none does."""
-    transfers = {rank: getattr(steps[rank][number], what) for rank in steps}
-    assert len({transfer is None for transfer in transfers.values()}) == 1
-    return {rank: t for rank, t in transfers.items() if t is not None}
-
-
-@pytest.mark.parametrize("world", WORLDS)
+@every_case
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_every_rank_computes_with_every_source_once_when_its_keys_are_there(world, phase):
-    steps = {rank: getattr(ring(rank, world), phase) for rank in range(world)}
+def test_every_rank_computes_with_every_source_once_when_its_keys_are_there(name, world, nodes, phase):
+    steps = of_all(name, world, nodes, phase)
     here = {rank: {rank} for rank in steps}
     computed = []
     for number in range(world):
-        keys = posted(steps, number, "keys")
-        for rank, transfer in keys.items():
-            assert transfer.sends in here[rank]
+        arriving = {rank: set() for rank in steps}
+        for transfers in posted(steps, number, "keys"):
+            assert all(t.sends in here[rank] for rank, t in transfers.items())
+            for rank, source in deliver(transfers).items():
+                arriving[rank].add(source)
         for rank in steps:
             assert steps[rank][number].source in here[rank]
             computed.append((rank, steps[rank][number].source))
-            here[rank] = {steps[rank][number].source}  # a ring keeps one set of keys at a time
-        for rank, source in deliver(keys).items():
-            here[rank].add(source)
+            here[rank].remove(steps[rank][number].source)  # keys are given up by the step that uses them
+            here[rank] |= arriving[rank]
     assert sorted(computed) == [(r, s) for r in range(world) for s in range(world)]
+    assert not any(here.values())
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_gradients_collect_every_share_and_arrive_home(world):
-    steps = {rank: ring(rank, world).backward for rank in range(world)}
-    travelling = {rank: {} for rank in steps}  # rank: {source: shares collected}
-    hops = 0
+@every_case
+def test_gradients_collect_every_share_and_arrive_home(name, world, nodes):
+    steps = of_all(name, world, nodes, "backward")
+    shares, inside, outside = ({rank: {} for rank in steps} for _ in range(3))  # rank: {source: ranks}
+
+    def summed(rank, source, outer):
+        parts = [shares, inside] + [outside] * outer
+        return sum((part[rank].pop(source, []) for part in parts), [])
+
     for number in range(world):
         for rank in steps:
-            source = steps[rank][number].source
-            shares = travelling[rank].setdefault(source, [])
-            shares.append(rank)
-        gradients = posted(steps, number, "gradients")
-        moved = {rank: travelling[rank].pop(t.sends) for rank, t in gradients.items()}
-        for to, source in deliver(gradients).items():
-            sender = gradients[to].recv_from
-            travelling[to][source] = moved[sender]
-        hops += bool(gradients)
-    assert hops == (world if world > 1 else 0)
-    assert {rank: list(sources) for rank, sources in travelling.items()} == {rank: [rank] for rank in steps}
+            shares[rank][steps[rank][number].source] = [rank]
+        for transfers in posted(steps, number, "gradients"):
+            moved = {rank: summed(rank, t.sends, t.outer) for rank, t in transfers.items()}
+            for to, source in deliver(transfers).items():
+                arrived = outside if transfers[to].outer else inside
+                arrived[to].setdefault(source, []).extend(moved[transfers[to].recv_from])
     for rank in steps:
-        assert sorted(travelling[rank][rank]) == list(range(world))
+        assert sorted(summed(rank, rank, True)) == list(range(world))
+    assert not any(part[rank] for part in (shares, inside, outside) for rank in steps)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_the_first_step_is_local_and_the_last_moves_no_keys(world):
+@every_case
+def test_the_first_step_is_local_and_the_forward_moves_no_gradients(name, world, nodes):
     for rank in range(world):
-        schedule = ring(rank, world)
-        assert [step.source for step in schedule.forward] == [(rank - t) % world for t in range(world)]
-        for steps in (schedule.forward, schedule.backward):
-            assert steps[0].source == rank
-            assert [step.keys is None for step in steps] == [False] * (world - 1) + [True]
-        assert all(step.gradients is None for step in schedule.forward)
+        schedule = EXCHANGES[name](rank, world, nodes)
+        assert schedule.forward[0].source == schedule.backward[0].source == rank
+        assert not any(step.gradients for step in schedule.forward)
+        assert not any(steps[-1].keys for steps in (schedule.forward, schedule.backward) if world > 1)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_a_ring_talks_to_its_neighbours_alone(world):
+    for rank in range(world):
+        for step in (*ring(rank, world).forward, *ring(rank, world).backward):
+            for transfer in (*step.keys, *step.gradients):
+                assert (transfer.send_to, transfer.recv_from) == ((rank + 1) % world, (rank - 1) % world)
+                assert not transfer.outer
+
+
+@pytest.mark.parametrize(("world", "nodes"), [shape for shape in SHAPES if shape[1] > 1])
+def test_what_crosses_nodes_is_outer_once_a_round_and_in_flight_through_one(world, nodes):
+    inner = world // nodes
+    for rank in range(world):
+        schedule = hierarchical(rank, world, nodes)
+        for steps, what, rounds in (
+            (schedule.forward, "keys", nodes - 1),
+            (schedule.backward, "keys", nodes - 1),
+            (schedule.backward, "gradients", nodes),
+        ):
+            outer = []
+            for number, step in enumerate(steps):
+                for transfer in getattr(step, what):
+                    assert transfer.outer == (transfer.send_to // inner != rank // inner)
+                    outer += [number] * transfer.outer
+            if what == "keys":  # used by the first step of the next round
+                assert outer == [turn * inner for turn in range(rounds)]
+            elif inner > 1:  # the sum of a round goes on in the first step of the next
+                assert outer == [turn * inner for turn in range(1, rounds)] + [world - 1]
+            else:
+                assert outer == list(range(rounds))
+
+
+def test_hierarchical_sends_fewer_messages_between_nodes_than_a_flat_ring():
+    """8 ranks on 2 nodes: each rank one message of keys in place of the 7 that cross at the node's end."""
+    schedule = hierarchical(3, 8, 2)
+    counts = Counter(t.outer for step in schedule.forward for t in step.keys)
+    assert counts == {True: 1, False: 6}
+
+
+def test_a_gather_sends_everything_at_once_and_gradients_to_their_owner():
+    first, *rest = gather(1, 4).forward
+    assert [t.send_to for t in first.keys] == [2, 3, 0] and {t.sends for t in first.keys} == {1}
+    assert not any(step.keys for step in rest)
+    sent = [t for step in gather(1, 4).backward for t in step.gradients]
+    assert [(t.send_to, t.sends, t.receives) for t in sent] == [(0, 0, 1), (3, 3, 1), (2, 2, 1)]
 
 
 def test_a_schedule_reads_well():
-    assert str(ring(0, 2)).splitlines() == [
-        "ring, rank 0 of 2",
-        "  forward 0: compute with the keys of 0; keys of 0 to 1, of 1 from 1",
+    assert str(hierarchical(0, 2, 2)).splitlines() == [
+        "hierarchical, rank 0 of 2",
+        "  forward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1",
         "  forward 1: compute with the keys of 1",
-        "  backward 0: compute with the keys of 0; keys of 0 to 1, of 1 from 1; "
-        "gradients of 0 to 1, of 1 from 1",
-        "  backward 1: compute with the keys of 1; gradients of 1 to 1, of 0 from 1",
+        "  backward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1; "
+        "outer gradients of 0 to 1, of 1 from 1",
+        "  backward 1: compute with the keys of 1; outer gradients of 1 to 1, of 0 from 1",
     ]
 
 
+@pytest.mark.parametrize("name", EXCHANGES)
 @pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, 0)])
-def test_a_rank_outside_the_world_is_refused(rank, world):
+def test_a_rank_outside_the_world_is_refused(name, rank, world):
     with pytest.raises(ValueError, match=f"rank is {rank}, world is {world}"):
-        ring(rank, world)
+        EXCHANGES[name](rank, world, 1)
+
+
+@pytest.mark.parametrize(("world", "nodes"), [(4, 3), (4, 0), (2, 4)])
+def test_nodes_that_do_not_divide_the_ranks_are_refused(world, nodes):
+    with pytest.raises(ValueError, match=f"{world} ranks on {nodes} nodes; .* equally many on each"):
+        hierarchical(0, world, nodes)

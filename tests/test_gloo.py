@@ -109,6 +109,34 @@ def test_equals_oracle_in_fp64(world, pattern, layout, name):
         assert_equals_oracle(full, plan, name)
 
 
+def attend_in_nodes(options, *args):
+    """On two nodes of two ranks, as the axes of the mesh say."""
+    axes = ("nodes", "ranks")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=axes)
+    return attend_once(connect(mesh, axes, ()).ring, *args, **options)
+
+
+@pytest.mark.parametrize(
+    "exchange,pattern,layout,debug",
+    [
+        ("hierarchical", "vertical-slash", "zigzag", True),
+        ("auto", "sink-window", "auto", False),
+        ("gather", "segments", "striped", False),
+    ],
+)
+def test_exchanges_between_nodes(exchange, pattern, layout, debug):
+    args, options = (PATTERNS[pattern], layout, "packed"), {"exchange": exchange, "debug": debug}
+    expected = run_threads(4, lambda transport: attend_once(transport, *args, **options), nodes=2)
+    for mine, threads in zip(pool.run(4, attend_in_nodes, options, *args), expected, strict=True):
+        assert_same_attention(mine, threads)
+    moved = expected[0][2].bytes_moved
+    if exchange == "gather":
+        assert expected[0][2].exchange == "gather" and moved["outer keys"] == moved["outer grads"] == 0
+    else:  # of 3 hops of keys one goes to the other node, and of 6 of gradients two
+        assert expected[0][2].exchange == "hierarchical"
+        assert 2 * moved["outer keys"] == moved["keys"] and 2 * moved["outer grads"] == moved["grads"]
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_uneven_shards(pattern):
     """A layout of one's own: other numbers of blocks on every rank, none on one."""

@@ -8,10 +8,11 @@ import oracle
 import pytest
 import tolerance
 import torch
-from rings import LAYOUTS, NAMES, SCHEDULES, on_ring
+from rings import LAYOUTS, NAMES, on_ring
 from sampling import pairwise
 from zoo import ADVERSARIAL, LONGCA, METHODS, SIZE, ZOO
 
+from sparring.balance import EXCHANGES
 from sparring.kernels import attend
 from sparring.kernels.plan import pack_bits
 
@@ -19,6 +20,7 @@ BOUND = 1e-10
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (2, 1)}
 LENGTHS = [1, 31, 203, 240]
 DIM = 8
+NODES = {16: 4, 32: 8, 64: 8}  # of a hierarchical ring of so many ranks
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -31,26 +33,42 @@ def case(mask, heads, length):
     return plan, tensors, oracle.attention(*tensors[:3], pairs, *tensors[3:])
 
 
-def check(mask, heads, world, layout, length, exchange):
+def check(mask, heads, world, layout, length, exchange, nodes=None):
     plan, tensors, expected = case(mask, heads, length)
     held = LAYOUTS[layout](plan.geometry.num_blocks, world, SIZE)
-    actual = on_ring(plan, held, *tensors, exchange=exchange)
+    nodes = NODES.get(world, 1) if nodes is None else nodes
+    actual = on_ring(plan, held, *tensors, exchange=exchange, nodes=nodes)
     for name, x, y in zip(NAMES, actual, expected, strict=True):
         tolerance.check("fp64", name, x, y, BOUND)
 
 
 @pytest.mark.parametrize(
-    "mask,heads,world,layout,length,exchange",
-    pairwise(list(ZOO), list(HEADS), [1, 2, 3, 4, 5, 7, 8], list(LAYOUTS), LENGTHS, list(SCHEDULES)),
+    "mask,heads,world,layout,length",
+    pairwise(list(ZOO), list(HEADS), [1, 2, 3, 4, 5, 7, 8], list(LAYOUTS), LENGTHS),
 )
-def test_zoo(mask, heads, world, layout, length, exchange):
-    check(mask, heads, world, layout, length, exchange)
+def test_zoo(mask, heads, world, layout, length):
+    check(mask, heads, world, layout, length, "ring")
+
+
+@pytest.mark.parametrize(
+    "mask,heads,world,layout", pairwise(list(ZOO), list(HEADS), [2, 3, 5, 8], list(LAYOUTS))
+)
+def test_gather(mask, heads, world, layout):
+    check(mask, heads, world, layout, 203, "gather")
+
+
+SHAPES = [(2, 2), (2, 4), (4, 2), (3, 2), (1, 4), (4, 1)]  # nodes, and ranks of each
+
+
+@pytest.mark.parametrize("mask,heads,shape,layout", pairwise(list(ZOO), list(HEADS), SHAPES, list(LAYOUTS)))
+def test_rings_of_rings(mask, heads, shape, layout):
+    check(mask, heads, shape[0] * shape[1], layout, 203, "hierarchical", shape[0])
 
 
 SMOKE = ((16, "empty_rows"), (16, "key_head_top_k"), (32, "vertical_slash"), (64, "causal_document"))
 
 
-@pytest.mark.parametrize("exchange", SCHEDULES)
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(
     "world,mask",
     [
