@@ -51,9 +51,10 @@ def connect(
         raise ValueError(
             f"axes {axes} are {len(axes)}; give one, or two: of nodes and of ranks inside a node"
         )
-    channels, nodes = ("keys", "grads", "control", "headers"), 1
-    if len(axes) == 2:
-        channels, nodes = (*channels, "outer keys", "outer grads"), mesh.size(names.index(axes[0]))
+    channels = ("keys", "grads", "control", "headers")
+    nodes = mesh.size(names.index(axes[0])) if len(axes) == 2 else 1
+    if nodes > 1:
+        channels += ("outer keys", "outer grads")
     ring = _transport(mesh, axes, channels, timeout, nodes)
     everyone = _transport(mesh, (*data_axes, *axes), ("control", "headers"), timeout) if data_axes else ring
     return Groups(ring, everyone)

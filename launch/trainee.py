@@ -58,7 +58,7 @@ def assemble(config: TrainConfig, world: World, pattern: Pattern, rows: Rows) ->
     torch.manual_seed(config.seed)
     cp = ContextParallel(
         world.mesh,
-        axes=("cp",),
+        axes=("cp_outer", "cp_inner"),
         data_axes=("dp",),
         pattern=pattern,
         layout=config.layout,

@@ -23,7 +23,10 @@ YIELD = 2.0  # seconds
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, its device, and the mesh ("dp", "cp")."""
+    """This process among all: its rank, their number, its device, and the mesh.
+
+    mesh: axes "dp", "cp_outer" (nodes that share a sequence) and "cp_inner" (ranks of each).
+    """
 
     rank: int
     size: int
@@ -67,7 +70,9 @@ def join_world(config: TrainConfig) -> Iterator[World]:
                 f"{size} processes do not divide into dp={config.dp} groups; "
                 f"start a multiple of dp, or change --dp"
             )
-        mesh = init_device_mesh(device.type, (config.dp, size // config.dp), mesh_dim_names=("dp", "cp"))
+        nodes = spanned(size // config.dp, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        shape = (config.dp, nodes, size // config.dp // nodes)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "cp_outer", "cp_inner"))
         yield World(rank, size, device, mesh)
     except torch.OutOfMemoryError:
         print(f"rank {rank}: out of memory; {peak_memory(device)}", file=sys.stderr, flush=True)
@@ -80,6 +85,11 @@ def join_world(config: TrainConfig) -> Iterator[World]:
         # NCCL cannot be left while a transfer waits for a peer. After a failure the process ends anyway.
         if joined and not (cuda and isinstance(sys.exc_info()[1], Exception)):
             dist.destroy_process_group()
+
+
+def spanned(ranks: int, of_node: int) -> int:
+    """On how many nodes of `of_node` processes each a group of ranks lies; 1 unless it fills them."""
+    return 1 if ranks % of_node else ranks // of_node
 
 
 def peak_memory(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from test_ring import BATCHES, PATTERNS, make_batch
 from torch.distributed.device_mesh import init_device_mesh
 from zoo import SIZE, ZOO
 
+from sparring.balance import EXCHANGES
 from sparring.cp import run_threads
 from sparring.cp.transport import Pending
 
@@ -79,15 +80,25 @@ def test_results_are_compared_wholly():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=FULL)], ids=str)
-@pytest.mark.parametrize("mask", ["vertical_slash", "column_groups", pytest.param("anything", marks=FULL)])
-def test_given_plans(mask, dtype):
-    """out, lse and gradients of a ring of 4."""
+@pytest.mark.parametrize(
+    "mask,exchange",
+    [
+        ("vertical_slash", "ring"),
+        ("column_groups", "hierarchical"),
+        ("vertical_slash", "gather"),
+        *(pytest.param("anything", exchange, marks=FULL) for exchange in EXCHANGES),
+    ],
+)
+def test_given_plans(mask, exchange, dtype):
+    """out, lse and gradients of 4 ranks on 2 nodes."""
+    options = {"exchange": exchange, "nodes": 2}
     plan = ZOO[mask](203, *HEADS)
     layout = LAYOUTS["zigzag"](plan.geometry.num_blocks, 4, SIZE)
     *tensors, dlse = oracle.inputs(1, *HEADS, 203, DIM, dtype=dtype)
-    expected = on_ring(plan, layout, *tensors, dlse.float())
+    expected = on_ring(plan, layout, *tensors, dlse.float(), **options)
     for seed in range(RUNS):
-        actual = on_ring(plan, layout, *tensors, dlse.float(), wrap=lambda x, seed=seed: Late(x, seed))
+        late = {"wrap": lambda x, seed=seed: Late(x, seed)}
+        actual = on_ring(plan, layout, *tensors, dlse.float(), **options, **late)
         assert_equal(actual, expected)
 
 

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sparring.balance import from_assignment, striped
 from sparring.cp import ContextParallel, RingDesyncError, RingTimeoutError, run_threads
 from sparring.cp.mesh import connect
+from sparring.launch.config import TrainConfig
+from sparring.launch.world import join_world
 
 HEADS, DIM = (4, 2), 8
 ROUNDING = 2e-6  # fp32, relative to the largest entry
@@ -135,6 +137,21 @@ def test_exchanges_between_nodes(exchange, pattern, layout, debug):
     else:  # of 3 hops of keys one goes to the other node, and of 6 of gradients two
         assert expected[0][2].exchange == "hierarchical"
         assert 2 * moved["outer keys"] == moved["keys"] and 2 * moved["outer grads"] == moved["grads"]
+
+
+def nodes_of_a_job(of_node, dp):
+    """The axes of the mesh in a launcher that says how many processes a node has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(of_node))
+        with join_world(TrainConfig(dp=dp, device="cpu")) as world:
+            return world.mesh.shape
+
+
+@pytest.mark.parametrize(
+    "of_node,dp,shape", [(2, 1, (1, 2, 2)), (4, 1, (1, 1, 4)), (1, 2, (2, 2, 1)), (2, 2, (2, 1, 2))]
+)
+def test_a_sequence_over_several_nodes_has_an_outer_axis(of_node, dp, shape):
+    assert pool.run(4, nodes_of_a_job, of_node, dp) == [shape] * 4
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
