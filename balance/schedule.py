@@ -68,8 +68,8 @@ def ring(rank: int, world: int, nodes: int = 1) -> Schedule:
     """The flat ring (Liu et al., arXiv 2310.01889): step t computes with the keys of rank - t.
 
     Meanwhile those keys go on to rank + 1 and the next ones come from rank - 1: world - 1 hops. In the
-    backward the gradient of each source follows one step behind its keys, collects every rank's share
-    and arrives home with the last of its world hops. nodes: not looked at.
+    backward the gradient of each source follows one step behind its keys, collects the share of every
+    other rank and arrives home, where the owner's share waits, after world - 1 hops. nodes: not looked at.
     """
     _check("ring", rank, world, nodes)
     return _ring_of_rings("ring", rank, 1, world)
@@ -81,7 +81,7 @@ def hierarchical(rank: int, world: int, nodes: int) -> Schedule:
     Ranks are numbered node by node. In round a the ranks of node o compute with the keys of node o - a,
     which turn once inside the node; the transfer that brings the next node's keys is in flight from the
     first to the last step of the round. Gradients of a source are summed inside the node first, and cross
-    from node to node once a round, during the whole of the next one.
+    from node to node once a round, during the whole of the next one, nodes - 1 times in all.
     """
     _check("hierarchical ring", rank, world, nodes)
     return _ring_of_rings("hierarchical", rank, nodes, world // nodes)
@@ -149,12 +149,13 @@ def _ring_of_rings(name: str, rank: int, nodes: int, inner: int) -> Schedule:
             yield Transfer(after, source(turn, step), before, source(turn, step + 1))
 
     def gradients(turn: int, step: int) -> Iterator[Transfer]:
-        if inner > 1:
+        if step > 0:  # what belongs to the place of this rank is summed up here
             yield Transfer(after, source(turn, step), before, source(turn, step + 1))
         # The sum of a node is complete with the last hop of its round, so it goes on after the next step.
-        if nodes > 1 and step == 0 and turn > 0 and inner > 1:
-            yield across(turn - 1)
-        if nodes > 1 and step == inner - 1 and (turn == nodes - 1 or inner == 1):
+        complete = turn if inner == 1 else turn - 1
+        if step == 0 and complete > 0:  # that of the own node is at home
+            yield across(complete)
+        if step == inner - 1 > 0 and turn == nodes - 1 > 0:
             yield across(turn)
 
     order = [(turn, step) for turn in range(nodes) for step in range(inner)]

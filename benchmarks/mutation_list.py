@@ -92,14 +92,14 @@ BALANCE = [
     Mutation(
         "the gradients of the last hop are not sent",
         "balance/schedule.py",
-        "        if inner > 1:\n",
-        "        if inner > 1 and step < inner - 1:\n",
+        "        if step > 0:",
+        "        if 0 < step < inner - 1:",
         SCHEDULE,
     ),
     Mutation(
         "the sum of a node crosses to the next one before its last share has come",
         "balance/schedule.py",
-        "yield across(turn - 1)",
+        "yield across(complete)",
         "yield across(turn)",
         SCHEDULE,
     ),

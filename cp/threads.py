@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
@@ -60,14 +60,15 @@ class ThreadTransport:
     def __init__(self, rank: int, hub: _Hub, nodes: int):
         self.rank, self.size, self.nodes, self._hub = rank, hub.size, nodes, hub
         self.ranks = tuple(range(hub.size))
-        self._calls: Counter[str] = Counter()  # collectives are matched by their place in program order
+        self._calls: Counter[Hashable] = Counter()  # messages are matched by their place in program order
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
-        self._hub.put((channel, self.rank, send_to), [x.detach().clone() for x in send])
+        sent, expected = self._number("to", channel, send_to), self._number("from", channel, recv_from)
+        self._hub.put((channel, sent, self.rank, send_to), [x.detach().clone() for x in send])
 
         def finish():
             what = f"no {channel} from rank {recv_from}"
-            arrived = self._hub.take((channel, recv_from, self.rank), what, self.rank, recv_from)
+            arrived = self._hub.take((channel, expected, recv_from, self.rank), what, self.rank, recv_from)
             self._same(receive, arrived, recv_from)
             for target, x in zip(receive, arrived, strict=True):
                 target.copy_(x)
@@ -86,9 +87,13 @@ class ThreadTransport:
     def all_gather(self, x: Tensor, channel: str = "control") -> Tensor:
         return torch.stack(self._collect(x, channel)())
 
+    def _number(self, *kind: Hashable) -> int:
+        """How many messages of a kind there were, this one included."""
+        self._calls[kind] += 1
+        return self._calls[kind]
+
     def _collect(self, x: Tensor, channel: str) -> Callable[[], list[Tensor]]:
-        self._calls[channel] += 1
-        call, copy = (channel, self._calls[channel]), x.detach().clone()
+        call, copy = ("all", channel, self._number("all", channel)), x.detach().clone()
         for rank in self.ranks:
             self._hub.put((*call, self.rank, rank), copy)
 

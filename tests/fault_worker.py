@@ -48,8 +48,8 @@ class Faulty:
 def messages(world: int) -> dict[int, tuple[str, int]]:
     """Number of a message of one attention -> its channel and hop: forward, then backward."""
     forward = [("keys", hop) for hop in range(1, world)]
-    backward = [(channel, hop) for hop in range(1, world + 1) for channel in ("keys", "grads")]
-    return dict(enumerate([*forward, *(x for x in backward if x != ("keys", world))], 1))
+    backward = [x for hop in range(1, world) for x in (("keys", hop), ("grads", hop - 1))]
+    return dict(enumerate([*forward, *(x for x in backward if x[1]), ("grads", world - 1)], 1))
 
 
 def fail(error: type[Exception] = Fault):
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60.0)
     options = parser.parse_args()
     with orderly_signals(), join_world(TrainConfig(device=options.device, timeout=options.timeout)) as world:
-        ring = faulty = connect(world.mesh, ("cp",), (), options.timeout).ring
+        ring = faulty = connect(world.mesh, ("cp_outer", "cp_inner"), (), options.timeout).ring
         say(ready=world.rank)
 
         def act():

@@ -101,7 +101,7 @@ def test_what_crosses_nodes_is_outer_once_a_round_and_in_flight_through_one(worl
         for steps, what, rounds in (
             (schedule.forward, "keys", nodes - 1),
             (schedule.backward, "keys", nodes - 1),
-            (schedule.backward, "gradients", nodes),
+            (schedule.backward, "gradients", nodes - 1),
         ):
             outer = []
             for number, step in enumerate(steps):
@@ -111,9 +111,9 @@ def test_what_crosses_nodes_is_outer_once_a_round_and_in_flight_through_one(worl
             if what == "keys":  # used by the first step of the next round
                 assert outer == [turn * inner for turn in range(rounds)]
             elif inner > 1:  # the sum of a round goes on in the first step of the next
-                assert outer == [turn * inner for turn in range(1, rounds)] + [world - 1]
+                assert outer == [turn * inner for turn in range(2, nodes)] + [world - 1]
             else:
-                assert outer == list(range(rounds))
+                assert outer == list(range(1, nodes))
 
 
 def test_hierarchical_sends_fewer_messages_between_nodes_than_a_flat_ring():
@@ -121,6 +121,12 @@ def test_hierarchical_sends_fewer_messages_between_nodes_than_a_flat_ring():
     schedule = hierarchical(3, 8, 2)
     counts = Counter(t.outer for step in schedule.forward for t in step.keys)
     assert counts == {True: 1, False: 6}
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_a_ring_moves_gradients_once_less_than_there_are_ranks(world):
+    counts = [len(step.gradients) for step in ring(1, world).backward]
+    assert counts == [0] + [1] * (world - 1)
 
 
 def test_a_gather_sends_everything_at_once_and_gradients_to_their_owner():
@@ -136,8 +142,7 @@ def test_a_schedule_reads_well():
         "hierarchical, rank 0 of 2",
         "  forward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1",
         "  forward 1: compute with the keys of 1",
-        "  backward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1; "
-        "outer gradients of 0 to 1, of 1 from 1",
+        "  backward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1",
         "  backward 1: compute with the keys of 1; outer gradients of 1 to 1, of 0 from 1",
     ]
 

@@ -176,13 +176,13 @@ def test_fewer_tokens_than_ranks():
 
 
 def test_report_counts_bytes():
-    """Keys travel W - 1 hops forward and backward, gradients W hops in fp32; columns are all-reduced."""
+    """Keys travel W - 1 hops forward and backward, gradients too, in fp32; columns are all-reduced."""
     world, blocks = 3, 6  # 16 blocks on 3 ranks, padded to 18
     wire = 2 * HEADS[1] * blocks * SIZE * DIM * 4
     columns = 2 * HEADS[1] * 5 * DIM * 4  # 5 sinks
     expected = {
         "keys": world * 2 * (world - 1) * wire,
-        "grads": world * world * wire,
+        "grads": world * (world - 1) * wire,
         "columns": world * 3 * (2 * (world - 1) * columns // world),
     }
     results = pool.run(world, attend_on_rank, PATTERNS["sink-window"], "striped", "even")

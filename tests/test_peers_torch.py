@@ -25,7 +25,7 @@ FULL = pytest.mark.full
     ],
 )
 def test_counts(world, dtype):
-    """P - 1 messages forward, 3 P - 2 in all, each of one shard; gradients in fp32; no collectives."""
+    """P - 1 messages forward, 3 P - 3 in all, each of one shard; gradients in fp32; no collectives."""
     q, k, v, dout, _ = oracle.inputs(8, 8, 8, 64 * world, 32, dtype=dtype)
     ids = {"input_ids": torch.zeros(8, 64 * world, dtype=torch.int64)}
 
@@ -49,14 +49,14 @@ def test_counts(world, dtype):
     results = run_threads(world, body)
     for (forward, both), collectives, _ in results:
         assert forward == ({"keys": world - 1}, {"keys": (world - 1) * share * dtype.itemsize})
-        assert both[0] == {"keys": 2 * (world - 1), "grads": world}
-        assert sum(both[0].values()) == 3 * world - 2
-        assert both[1] == {"keys": 2 * (world - 1) * share * dtype.itemsize, "grads": world * share * 4}
+        assert both[0] == {"keys": 2 * (world - 1), "grads": world - 1}
+        assert sum(both[0].values()) == 3 * world - 3
+        assert both[1] == {"keys": 2 * (world - 1) * share * dtype.itemsize, "grads": (world - 1) * share * 4}
         assert collectives == {}
     moved = results[0][2]
     assert moved == {
         "keys": 2 * world * (world - 1) * share * dtype.itemsize,
-        "grads": world * world * share * 4,
+        "grads": world * (world - 1) * share * 4,
         "columns": 0,
     }
 
