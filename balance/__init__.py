@@ -21,7 +21,7 @@ from .cost import (
 )
 from .layout import Layout, contiguous, from_assignment, striped, zigzag
 from .planner import Candidate, Decision, PlannerState, candidates, choose, resolve
-from .schedule import EXCHANGES, Schedule, Step, Transfer, gather, hierarchical, ring
+from .schedule import EXCHANGES, Schedule, Step, Transfer, gather, hierarchical, order, ring, schedules
 from .statistics import Statistics, measure
 
 __all__ = [
@@ -45,8 +45,10 @@ __all__ = [
     "gather",
     "hierarchical",
     "measure",
+    "order",
     "resolve",
     "ring",
+    "schedules",
     "step_imbalance",
     "striped",
     "work_matrices",

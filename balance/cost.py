@@ -115,19 +115,25 @@ def block_work(tiles: Tiles, columns: np.ndarray) -> np.ndarray:
     return tiles.sum(1, dtype=np.float64) + columns
 
 
-def work_matrices(layouts: Sequence[Layout], tiles: Tiles, columns: np.ndarray) -> list[np.ndarray]:
-    """For each layout the work of every rank in every step of a ring, float64 [W, W + 1] in tiles.
+def work_matrices(
+    layouts: Sequence[Layout], tiles: Tiles, columns: np.ndarray, order: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """For each layout the work of every rank in every step, float64 [W, W + 1] in tiles.
 
-    Step t < W computes with the keys of rank - t; the last entry is the column work ([num_blocks], by
-    query block), which needs no travelling keys and is done after the ring.
+    order: int [W, W], whose keys each rank computes with in each step; None for a flat ring, where they are
+    those of rank - step. The last entry is the column work ([num_blocks], by query block), which needs no
+    travelling keys and is done after them.
     """
+    if order is None:
+        ranks = np.arange(layouts[0].world)
+        order = (ranks[:, None] - ranks) % layouts[0].world
     by_key = [np.zeros((layout.world, len(columns)), dtype=np.float32) for layout in layouts]
     owners = zip(*(layout.source_of_block.tolist() for layout in layouts), strict=True)
     rows = tiles.rows() if isinstance(tiles, ExpectedTiles) else ((0, row) for row in tiles)
     for (first, row), ranks in zip(rows, owners, strict=True):
         for total, rank in zip(by_key, ranks, strict=True):
             total[rank, first : first + len(row)] += row
-    return [_in_ring_order(*each, columns) for each in zip(layouts, by_key, strict=True)]
+    return [_by_step(*each, columns, order) for each in zip(layouts, by_key, strict=True)]
 
 
 def worker_imbalance(work: np.ndarray) -> float:
@@ -141,10 +147,9 @@ def step_imbalance(work: np.ndarray) -> float:
     return float(work.max(0).sum() / work.mean(0).sum()) if work.any() else 1.0
 
 
-def _in_ring_order(layout: Layout, by_key: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _by_step(layout: Layout, by_key: np.ndarray, columns: np.ndarray, order: np.ndarray) -> np.ndarray:
     """[W, W + 1] from the work of each rank with each key block, by_key [W, num_blocks]."""
-    ranks = np.arange(layout.world)
     held = [list(blocks) for blocks in layout.assignment]
     by_source = np.stack([by_key[:, blocks].sum(1, dtype=np.float64) for blocks in held], axis=1)
-    steps = by_source[ranks[:, None], (ranks[:, None] - ranks) % layout.world]
+    steps = np.take_along_axis(by_source, order, axis=1)
     return np.column_stack([steps, [columns[blocks].sum() for blocks in held]])

@@ -91,12 +91,17 @@ class Decision:
 
 
 def candidates(
-    num_blocks: int, world: int, block_size: int, tiles: Tiles, columns: np.ndarray
+    num_blocks: int,
+    world: int,
+    block_size: int,
+    tiles: Tiles,
+    columns: np.ndarray,
+    order: np.ndarray | None = None,
 ) -> tuple[Candidate, ...]:
     """The layouts that the planner weighs, with their work.
 
     tiles[i]: the work of query block i with each key block (an array or `expected_tiles`). columns:
-    [num_blocks], the column work of each query block.
+    [num_blocks], the column work of each query block. order: see `work_matrices`.
     """
     layouts = [
         contiguous(num_blocks, world, block_size),
@@ -105,7 +110,7 @@ def candidates(
         striped(num_blocks, world, block_size, 4),
         work_sorted(block_work(tiles, columns), world, block_size),
     ]
-    work = work_matrices(layouts, tiles, columns)
+    work = work_matrices(layouts, tiles, columns, order)
     return tuple(map(Candidate, layouts, work))
 
 
@@ -128,9 +133,10 @@ def choose(
     world: int,
     block_size: int,
     state: PlannerState = PlannerState(),
+    order: np.ndarray | None = None,
 ) -> Decision:
     """The candidate with the least predicted time; the layout in use stays unless one is 3 % faster."""
-    table = candidates(len(columns), world, block_size, tiles, columns)
+    table = candidates(len(columns), world, block_size, tiles, columns, order)
     best = min(table, key=lambda candidate: candidate.time)
     for candidate in table:
         if candidate.layout.name == state.layout and candidate.time <= best.time * SWITCH:
@@ -146,12 +152,13 @@ def resolve(
     block_size: int,
     statistics: Statistics | None = None,
     state: PlannerState = PlannerState(),
+    order: np.ndarray | None = None,
 ) -> Decision:
     """The layout of a step from what the user asked for.
 
     layout: "auto" (the planner chooses), "contiguous", "zigzag", "striped", "striped(g)", or a Layout.
-    documents: for each batch row its token ranges. Raises ValueError for unknown names and for a Layout
-    of other sizes than this step's.
+    documents: for each batch row its token ranges. order: see `work_matrices`. Raises ValueError for unknown
+    names and for a Layout of other sizes than this step's.
     """
     if isinstance(layout, Layout):
         given = (layout.num_blocks, layout.world, layout.block_size)
@@ -165,4 +172,4 @@ def resolve(
         return Decision(named(layout, num_blocks, world, block_size), (), state)
     tiles = expected_tiles(documents, num_blocks, block_size, statistics)
     columns = expected_columns(documents, num_blocks, block_size, statistics)
-    return choose(tiles, columns, world, block_size, state)
+    return choose(tiles, columns, world, block_size, state, order)

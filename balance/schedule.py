@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,17 @@ EXCHANGES: dict[str, Callable[[int, int, int], Schedule]] = {
     "hierarchical": hierarchical,
     "gather": gather,
 }
+
+
+@lru_cache
+def schedules(exchange: str, world: int, nodes: int = 1) -> tuple[Schedule, ...]:
+    """Those of all ranks."""
+    return tuple(EXCHANGES[exchange](rank, world, nodes) for rank in range(world))
+
+
+def order(exchange: str, world: int, nodes: int = 1) -> np.ndarray:
+    """int64 [world, world]: the source of every rank's steps."""
+    return np.array([[step.source for step in each.forward] for each in schedules(exchange, world, nodes)])
 
 
 def _check(name: str, rank: int, world: int, nodes: int) -> None:

@@ -134,8 +134,8 @@ BALANCE = [
     Mutation(
         "work is given to the wrong ring step",
         "balance/cost.py",
-        "(ranks[:, None] - ranks) % layout.world",
-        "(ranks[:, None] + ranks) % layout.world",
+        "(ranks[:, None] - ranks) % layouts[0].world",
+        "(ranks[:, None] + ranks) % layouts[0].world",
         PLANNER,
     ),
     Mutation(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..balance import Decision, Layout, PlannerState, Schedule, Statistics, resolve
+from ..balance import Decision, Layout, PlannerState, Schedule, Statistics, order, resolve, schedules
 from ..balance.layout import named
 from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, check_scale, steps
 from ..kernels.bound import prepare
@@ -35,7 +35,7 @@ from .batch import (
 from .coverage import check_keys, count_keys
 from .errors import Place
 from .estimate import sampled_recall
-from .exchange import check_exchange, resolve_exchange, schedules
+from .exchange import check_exchange, resolve_exchange
 from .finite import check_finite
 from .isolated import isolated
 from .link import Link
@@ -215,7 +215,14 @@ class ContextParallel:
         if own:
             self._collect_statistics()
         decision = resolve(
-            wanted, documents, num_blocks, transport.size, self.block_size, self._statistics, self._planner
+            wanted,
+            documents,
+            num_blocks,
+            transport.size,
+            self.block_size,
+            self._statistics,
+            self._planner,
+            order(self.exchange, transport.size, transport.nodes),
         )
         if own:
             self._planner = decision.state
@@ -356,7 +363,7 @@ class ContextParallel:
         return self.patterns.get(layer, self.patterns["default"])
 
     def schedule(self, transport: Transport) -> Schedule:
-        return schedules(self.exchange, transport)[transport.rank]
+        return schedules(self.exchange, transport.size, transport.nodes)[transport.rank]
 
     def loss(
         self,
@@ -409,7 +416,7 @@ class ContextParallel:
             raise ValueError("nothing to report yet; call shard and run the model first")
         of = self._last if shard is None else (shard.record, shard.transport, shard.layout)
         check_keys(of[0].keys, of[1])
-        return of[0].report(of[1], of[2], schedules(self.exchange, of[1]))
+        return of[0].report(of[1], of[2], self.exchange)
 
     def plans(self, shard: Shard) -> dict[Hashable, Plan]:
         """Plans of the whole sequence by layer, for `replay`. All ranks call it."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from ..balance import EXCHANGES, Schedule
+from ..balance import EXCHANGES
 from .transport import Transport
 
 LATER = ("pull", "heads")
@@ -30,13 +28,3 @@ def resolve_exchange(exchange: str, axes: str | tuple[str, ...], transport: Tran
             f"{names}; give both, or use exchange='ring'"
         )
     return exchange
-
-
-def schedules(exchange: str, transport: Transport) -> tuple[Schedule, ...]:
-    """Those of all ranks of a group."""
-    return _schedules(exchange, transport.size, transport.nodes)
-
-
-@lru_cache
-def _schedules(exchange: str, world: int, nodes: int) -> tuple[Schedule, ...]:
-    return tuple(EXCHANGES[exchange](rank, world, nodes) for rank in range(world))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..balance import Schedule, Statistics, step_imbalance, worker_imbalance
+from ..balance import Statistics, order, step_imbalance, worker_imbalance
 from ..kernels.bound import BoundPlan
 from ..kernels.geometry import EMPTY, Geometry
 from .link import Waits
@@ -73,8 +73,8 @@ class Record:
         vector[3] /= block_size
         return Statistics.from_vector(vector.ravel())
 
-    def report(self, transport: Transport, layout, schedules: Sequence[Schedule]) -> Report:
-        """Combined over the group. All ranks call it. schedules: of every rank."""
+    def report(self, transport: Transport, layout, exchange: str) -> Report:
+        """Combined over the group. All ranks call it."""
         layers = list(self.elements)
         if not layers:
             raise ValueError("no attention ran with this shard; call the model with **shard.inputs first")
@@ -82,9 +82,8 @@ class Record:
         transport.all_reduce(elements).wait()
         tiles, columns, visible = elements.double().cpu().T
         work = transport.all_gather(torch.stack([self.work[layer] for layer in layers]).sum(0))
-        sources = [[step.source for step in schedule.forward] for schedule in schedules]
-        work = work.cpu()
-        by_step = torch.cat((work.gather(1, torch.tensor(sources)), work[:, -1:]), 1).numpy()
+        work, sources = work.cpu(), order(exchange, transport.size, transport.nodes)
+        by_step = torch.cat((work.gather(1, torch.from_numpy(sources)), work[:, -1:]), 1).numpy()
         recall = {layer: float(value) for layer, value in self.recall.items()}
         channels = (*_CHANNELS, *_OUTER) if transport.nodes > 1 else _CHANNELS
         moved = torch.tensor([self.bytes[c] for c in channels], dtype=torch.int64)
@@ -96,7 +95,7 @@ class Record:
         waited, elapsed = transport.all_gather(waits.to(elements.device)).cpu().T
         return Report(
             layout=layout.name,
-            exchange=schedules[0].name,
+            exchange=exchange,
             density=float((tiles + columns).sum() / visible.sum()),
             density_tiles=float(tiles.sum() / visible.sum()),
             density_by_layer=dict(zip(layers, ((tiles + columns) / visible).tolist(), strict=True)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..balance import candidates, work_matrices
+from ..balance import candidates, order, work_matrices
 from ..cp import ContextParallel, Report, Shard
 from .config import TrainConfig
 from .metrics import read_metrics
@@ -29,7 +29,7 @@ def layer_statistics(report: Report) -> dict[str, list[float]]:
 
 
 def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
-    """The work that the plans of `shard` give every rank in every ring step, under each layout.
+    """The work that the plans of `shard` give every rank in every step, under each layout.
 
     Layouts are those that the planner weighed for this step, or would have, and the one in use. All
     ranks call it. Work is in tiles, mean over heads, summed over layers; columns come last.
@@ -41,12 +41,13 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
         if plan.columns is not None:
             computed = (plan.column_elements() > 0).sum(3).double().mean(1).sum(0)
             columns += computed.cpu().numpy() / size
-    table = shard.decision.table or candidates(blocks, world, size, tiles, columns)
+    steps = order(cp.exchange, world, shard.transport.nodes)
+    table = shard.decision.table or candidates(blocks, world, size, tiles, columns, steps)
     layouts = [candidate.layout for candidate in table if candidate.layout.name != shard.layout.name]
     layouts.append(shard.layout)
     return [
         {"layout": layout.name, "chosen": layout is shard.layout, "work": work.tolist()}
-        for layout, work in zip(layouts, work_matrices(layouts, tiles, columns), strict=True)
+        for layout, work in zip(layouts, work_matrices(layouts, tiles, columns, steps), strict=True)
     ]
 
 

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 
-from sparring.balance import work_matrices
+from sparring.balance import order, work_matrices
 from sparring.cp import ContextParallel, run_threads
 from sparring.kernels import Plan
 from sparring.kernels.patterns import Dense, Pattern, Traits
@@ -98,15 +99,18 @@ def test_slashes_change_the_layout():
     assert seen[2][1] < 1.05 < seen[0][1]
 
 
-def test_reported_work_is_that_of_the_plan_by_rank_and_ring_step():
+@pytest.mark.parametrize(("exchange", "nodes"), [("ring", 1), ("hierarchical", 2), ("gather", 1)])
+def test_reported_work_is_that_of_the_plan_by_rank_and_step(exchange, nodes):
     def body(transport):
-        pattern = Slashes((0, 3, 7, 9, 20))
-        cp = ContextParallel(transport, pattern=pattern, layout="striped", block_size=SIZE, recall_every=0)
+        pattern, options = Slashes((0, 3, 7, 9, 20)), dict(block_size=SIZE, recall_every=0)
+        cp = ContextParallel(transport, pattern=pattern, layout="striped", exchange=exchange, **options)
         shard = step(cp, "half")
         return cp.report(shard).work, shard.layout, cp.plans(shard)[0].tiles_bool()
 
-    for work, layout, tiles in run_threads(4, body):
-        [expected] = work_matrices([layout], tiles[0, 0].double().numpy(), np.zeros(BLOCKS))
+    sources = order(exchange, 4, nodes)
+    assert (nodes == 1) == np.array_equal(sources, order("ring", 4))
+    for work, layout, tiles in run_threads(4, body, nodes=nodes):
+        [expected] = work_matrices([layout], tiles[0, 0].double().numpy(), np.zeros(BLOCKS), sources)
         assert np.array_equal(work, expected) and len({tuple(row) for row in expected}) > 1
 
 
