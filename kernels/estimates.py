@@ -135,7 +135,9 @@ def _scores(rows: Tensor, k: Tensor, probes: Probes) -> Tensor:
 def _exponentials(rows: Tensor, k: Tensor, peak: Tensor, probes: Probes) -> Tensor:
     """2^(score - peak) of every pair, in [0, 1]."""
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    return _scores(rows, k, probes).sub_(peak[probes.pairs[:, 0]][..., None]).exp2_()
+    # Not exp2, which on CPUs rounds the last elements of a tensor differently from the others.
+    exponents = _scores(rows, k, probes).sub_(peak[probes.pairs[:, 0]][..., None])
+    return exponents.mul_(math.log(2)).exp_()
 
 
 def _fixed(x: Tensor) -> Tensor:
