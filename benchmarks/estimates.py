@@ -3,7 +3,8 @@
     python benchmarks/estimates.py               # VerticalSlash at 32k and 128k tokens, 32 heads
 
 `ms` is the time between two events on the device, launches included; `device_ms` adds up its kernels, and
-`launches` counts them. `share` compares with forward and backward of the same plan, without its lists.
+`launches` counts them. `share` compares with forward and backward of the same plan, without its lists. The
+scores of whole tiles, pooled and antidiagonal with stride 16, are timed on the same tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
-from sparring.kernels import Geometry, Plan, attend, bind, estimates
+from sparring.kernels import Geometry, Plan, attend, bind, block_scores, estimates
 from sparring.kernels.bound import prepare
 from sparring.kernels.patterns import VerticalSlash, vertical_slash
 from sparring.kernels.patterns.base import combine_alone, make_plan
@@ -71,6 +72,19 @@ def cost(function) -> dict:
     return dict(ms=ms, device_ms=device_ms, launches=len(kernels))
 
 
+def pooled(q, k, geometry: Geometry) -> torch.Tensor:
+    """Scores of the mean queries and keys of blocks."""
+    run = block_scores.operations(q, "pooled")
+    return run.pooled_scores(run.block_means(q, geometry), run.block_means(k, geometry), geometry)
+
+
+def antidiagonal(q, k, geometry: Geometry) -> torch.Tensor:
+    """Probabilities of tiles by their antidiagonals, all three stages."""
+    run, keys = block_scores.operations(q, "antidiagonal"), (q, k, geometry.block_ids)
+    peak = run.peaks(*keys, geometry, 16)
+    return run.masses(*keys, peak, run.totals(*keys, peak, geometry, 16), geometry, 16)
+
+
 def rows_of(options, length: int) -> list[dict]:
     """One row for every stage, for all of them, for the lists and for attention."""
     q, k, v, dout, geometry = make(options, length)
@@ -84,6 +98,8 @@ def rows_of(options, length: int) -> list[dict]:
             summary |= combine_alone(run())
         parts["select"] = lambda: pattern.estimate(q, summary, geometry)
         parts["plan"] = lambda: make_plan(pattern, q, k, v, geometry)
+        parts["pooled"] = lambda: pooled(q, k, geometry)
+        parts["antidiagonal"] = lambda: antidiagonal(q, k, geometry)
         plan = parts["plan"]()
         parts["lists"] = lambda: bind(plan, (geometry.blocks,))
         costs = {name: cost(part) for name, part in parts.items()}
@@ -95,7 +111,7 @@ def rows_of(options, length: int) -> list[dict]:
         share = row["ms"] / (costs["attend"]["ms"] - costs["lists"]["ms"])
         rows.append(dict(length=length, density=kept, what=name, **row, share=share))
         print(
-            f"{length} density {kept:.3f} {name:7} {row['ms']:8.3f} ms, "
+            f"{length} density {kept:.3f} {name:12} {row['ms']:8.3f} ms, "
             f"{row['device_ms']:8.3f} ms of kernels in {row['launches']:4} launches, share {share:.2%}",
             flush=True,
         )
