@@ -59,10 +59,15 @@ def on_ring(cp, q, k, v, dout, sync="default"):
     return shard, [cp.unshard(x, shard, dim=2) for x in (out, *grads)]
 
 
-def on_nccl(name: str, dtype: torch.dtype) -> dict:
-    """A step of a ring over NCCL that may not wait for the device, against one device; run by the pool."""
-    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("cp",))
-    cp = ContextParallel(mesh, pattern=PATTERNS[name], layout="auto", recall_every=1)
+def on_nccl(name: str, dtype: torch.dtype, exchange: str) -> dict:
+    """A step over NCCL that may not wait for the device, against one device; run by the pool.
+
+    A hierarchical ring takes every GPU for a node.
+    """
+    axes, world = ("nodes", "ranks"), dist.get_world_size()
+    shape = (world, 1) if exchange == "hierarchical" else (1, world)
+    mesh = init_device_mesh("cuda", shape, mesh_dim_names=axes)
+    cp = ContextParallel(mesh, axes, pattern=PATTERNS[name], layout="auto", exchange=exchange, recall_every=1)
     inputs = tensors(dtype)
     with poison.poisoned():
         on_ring(cp, *inputs)  # makes communicators and kernels

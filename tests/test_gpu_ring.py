@@ -20,15 +20,27 @@ RESULTS = ("out", "dq", "dk", "dv")
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", gpu_ring.PATTERNS)
 def test_threads_on_one_gpu(name, world):
+    assert_threads_match(name, world, "ring", 1)
+
+
+@machine.needs("gpu")
+@pytest.mark.parametrize(("exchange", "nodes"), [("hierarchical", 2), ("hierarchical", 4), ("gather", 1)])
+def test_exchanges_of_threads_on_one_gpu(exchange, nodes):
+    assert_threads_match("vertical-slash", 4, exchange, nodes)
+
+
+def assert_threads_match(name, world, exchange, nodes):
+    """Ranks as threads against one device without any."""
     inputs = gpu_ring.tensors(torch.float32)
 
     def body(transport):
-        cp = ContextParallel(transport, pattern=gpu_ring.PATTERNS[name], layout="auto", recall_every=0)
+        options = dict(pattern=gpu_ring.PATTERNS[name], layout="auto", recall_every=0)
+        cp = ContextParallel(transport, exchange=exchange, **options)
         with torch.autograd.set_multithreading_enabled(False):
             shard, full = gpu_ring.on_ring(cp, *inputs)
         return full, cp.plans(shard)[0]
 
-    full, plan = run_threads(world, body)[0]
+    full, plan = run_threads(world, body, nodes=nodes)[0]
     expected = gpu_ring.one_device(*inputs, plan)
     for what, actual, exact in zip(RESULTS, full, expected, strict=True):
         tolerance.check("gpu-fp32", what, actual, exact, FP32 * float(exact.abs().max()))
@@ -36,13 +48,20 @@ def test_threads_on_one_gpu(name, world):
 
 @machine.needs("two gpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", gpu_ring.PATTERNS)
-def test_nccl_ring_matches_one_gpu_without_host_sync(name, dtype):
+@pytest.mark.parametrize(
+    "name,exchange",
+    [
+        *((name, "ring") for name in gpu_ring.PATTERNS),
+        ("vertical-slash", "hierarchical"),
+        ("vertical-slash", "gather"),
+    ],
+)
+def test_nccl_matches_one_gpu_without_host_sync(name, exchange, dtype):
     world = torch.cuda.device_count()
     # A ring may not be less precise than one device with the same kernels. Sums in another order may
     # fall on the other side of the one rounding at the end: half a unit of bf16's last place.
     rounding = FP32 if dtype == torch.float32 else 2**-9
-    for result in pool.run(world, gpu_ring.on_nccl, name, dtype, timeout=280, backend="nccl"):
+    for result in pool.run(world, gpu_ring.on_nccl, name, dtype, exchange, timeout=280, backend="nccl"):
         for error, alone in zip(result["errors"], result["alone"], strict=True):
             assert error <= 1.1 * alone + rounding, result
         if dtype == torch.float32:
