@@ -194,7 +194,7 @@ def run(options, links: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4, help="of each host")
-    parser.add_argument("--mbit", type=int, default=200, help="per second and link")
+    parser.add_argument("--mbit", type=int, default=100, help="per second and link")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--timeout", type=int, default=600, help="seconds for all exchanges on one kind of link"
