@@ -9,6 +9,17 @@ import os
 import subprocess
 import sys
 
+import machine
+import pytest
+
+INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))  # this is that process
+kernels_run = machine.needs(*(("triton interpreter",) if INTERPRETED else ("gpu", "triton compiled")))
+MARKS = [
+    pytest.mark.filterwarnings("error::RuntimeWarning"),  # of numpy: NaN, overflow, log of 0
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
 
 def check(path: str) -> None:
     """All tests of a file pass, interpreted."""

@@ -19,18 +19,13 @@ import machine
 import pytest
 import tolerance
 import torch
+from interpreted import INTERPRETED, MARKS, kernels_run
 
 from sparring.kernels import Geometry, antidiagonal, pooled
 from sparring.kernels.block_scores import operations
 from sparring.kernels.estimates import FIXED, LOG2E
 
-INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
-kernels_run = machine.needs(*(("triton interpreter",) if INTERPRETED else ("gpu", "triton compiled")))
-pytestmark = [
-    pytest.mark.filterwarnings("error::RuntimeWarning"),  # of numpy: NaN, overflow, log of 0
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-    pytest.mark.usefixtures("poisoned"),
-]
+pytestmark = MARKS
 
 if INTERPRETED:
     from test_triton import _quick_interpreter  # noqa: F401, a fixture of this module

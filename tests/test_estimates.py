@@ -6,7 +6,6 @@ The interpreter has to be chosen before triton is imported, so these cases run i
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import machine
 import oracle
 import pytest
 import torch
+from interpreted import INTERPRETED, MARKS, kernels_run
 
 from sparring.cp import run_threads
 from sparring.cp.estimate import combine_over
@@ -24,14 +24,8 @@ from sparring.kernels.patterns import VerticalSlash, vertical_slash
 from sparring.kernels.patterns.base import make_plan
 from sparring.kernels.select import decode, encode, make_contest
 
-INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = "cpu" if INTERPRETED else "cuda"
-kernels_run = machine.needs(*(("triton interpreter",) if INTERPRETED else ("gpu", "triton compiled")))
-pytestmark = [
-    pytest.mark.filterwarnings("error::RuntimeWarning"),  # of numpy: NaN, overflow, log of 0
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-    pytest.mark.usefixtures("poisoned"),
-]
+pytestmark = MARKS
 
 if INTERPRETED:
     from test_triton import _quick_interpreter  # noqa: F401, a fixture of this module

@@ -6,30 +6,24 @@ imported, and compiled where there is a GPU.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import interpreted
 import machine
 import pytest
 import torch
+from interpreted import INTERPRETED, MARKS, kernels_run
 
 from sparring.kernels import Geometry, Plan, bind
 from sparring.kernels.bound import AHEAD, plain_lists, prepare
 from sparring.kernels.geometry import EMPTY
 from sparring.kernels.plan import pack_bits, unpack_bits
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
     from sparring.kernels import triton_lists  # noqa: F401  (bound to the interpreter by this import)
-here = machine.needs(*(["triton interpreter"] if INTERPRETED else ["gpu", "triton compiled"]))
 gpu = machine.needs("gpu", "triton compiled")
-pytestmark = [
-    pytest.mark.filterwarnings("error::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
-    pytest.mark.usefixtures("poisoned"),
-]
+pytestmark = MARKS
 
 if not INTERPRETED:
 
@@ -113,7 +107,7 @@ def check_equal(actual, expected):
         assert (entries[end : end + AHEAD] == 0).all()
 
 
-@here
+@kernels_run
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_lists_are_those_of_plain_operations(case):
     from sparring.kernels import triton_lists
@@ -134,7 +128,7 @@ def test_lists_are_those_of_plain_operations(case):
         assert torch.equal(lists[2][:end], wanted[2][:end])
 
 
-@here
+@kernels_run
 def test_bits_behind_the_last_block_are_ignored():
     """The last word of a row of 33 blocks has 31 bits of no block."""
     from sparring.kernels import triton_lists
@@ -148,7 +142,7 @@ def test_bits_behind_the_last_block_are_ignored():
     check_equal(triton_lists.lists(noisy, known, capacity), plain_lists(plan, slots, 1, capacity))
 
 
-@here
+@kernels_run
 @pytest.mark.parametrize("shape", [(1, 3, 300), (2, 4, 128), (3, 1, 1), (1, 2, 0)], ids=str)
 @pytest.mark.parametrize("longest", [1, 200])
 def test_longest_first_is_a_stable_sort(shape, longest):
@@ -162,7 +156,7 @@ def test_longest_first_is_a_stable_sort(shape, longest):
     assert torch.equal(longest_first(lengths, longest), key.argsort(stable=True))
 
 
-@here
+@kernels_run
 @pytest.mark.parametrize("case", [case for case in CASES if case.mask_heads == 2], ids=lambda case: case.name)
 def test_work_tables_name_the_rows_longest_first(case):
     """Two mask heads, four query heads of two key heads: every row with its list, in order of key heads."""
@@ -183,7 +177,7 @@ def test_work_tables_name_the_rows_longest_first(case):
         assert live.tolist() == [sum(item[3] > 0 for item in expected)]
 
 
-@here
+@kernels_run
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("case", [case for case in CASES if case.mask_heads == 2], ids=lambda case: case.name)
 def test_column_tables_name_every_part_of_every_list(case, kv_heads):
