@@ -21,7 +21,7 @@ from .cost import (
 )
 from .layout import Layout, contiguous, from_assignment, striped, zigzag
 from .planner import Candidate, Decision, PlannerState, candidates, choose, resolve
-from .schedule import EXCHANGES, Schedule, Step, Transfer, gather, hierarchical, order, ring, schedules
+from .schedule import EXCHANGES, Schedule, Step, Transfer, gather, hierarchical, order, ring, schedule_of
 from .statistics import Statistics, measure
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
     "order",
     "resolve",
     "ring",
-    "schedules",
+    "schedule_of",
     "step_imbalance",
     "striped",
     "work_matrices",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .layout import Layout
+from .schedule import order as order_of
 from .statistics import Statistics, columns_at_depth, missed_shares, tiles_at_depth
 
 Documents = Sequence[Sequence[tuple[int, int]]]  # for each batch row the token ranges [start, end)
@@ -125,8 +126,7 @@ def work_matrices(
     travelling keys and is done after them.
     """
     if order is None:
-        ranks = np.arange(layouts[0].world)
-        order = (ranks[:, None] - ranks) % layouts[0].world
+        order = order_of("ring", layouts[0].world)
     by_key = [np.zeros((layout.world, len(columns)), dtype=np.float32) for layout in layouts]
     owners = zip(*(layout.source_of_block.tolist() for layout in layouts), strict=True)
     rows = tiles.rows() if isinstance(tiles, ExpectedTiles) else ((0, row) for row in tiles)

@@ -127,14 +127,18 @@ EXCHANGES: dict[str, Callable[[int, int, int], Schedule]] = {
 
 
 @lru_cache
-def schedules(exchange: str, world: int, nodes: int = 1) -> tuple[Schedule, ...]:
-    """Those of all ranks."""
-    return tuple(EXCHANGES[exchange](rank, world, nodes) for rank in range(world))
+def schedule_of(exchange: str, rank: int, world: int, nodes: int = 1) -> Schedule:
+    """That of one rank, kept: every layer of every step walks it."""
+    return EXCHANGES[exchange](rank, world, nodes)
 
 
+@lru_cache
 def order(exchange: str, world: int, nodes: int = 1) -> np.ndarray:
-    """int64 [world, world]: the source of every rank's steps."""
-    return np.array([[step.source for step in each.forward] for each in schedules(exchange, world, nodes)])
+    """int64 [world, world]: the source of every rank's steps. Kept, their schedules are not."""
+    ranks = (EXCHANGES[exchange](rank, world, nodes) for rank in range(world))
+    sources = np.array([[step.source for step in each.forward] for each in ranks])
+    sources.setflags(write=False)
+    return sources
 
 
 def _check(name: str, rank: int, world: int, nodes: int) -> None:

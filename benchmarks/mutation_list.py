@@ -134,8 +134,8 @@ BALANCE = [
     Mutation(
         "work is given to the wrong ring step",
         "balance/cost.py",
-        "(ranks[:, None] - ranks) % layouts[0].world",
-        "(ranks[:, None] + ranks) % layouts[0].world",
+        "np.take_along_axis(by_source, order, axis=1)",
+        "np.take_along_axis(by_source, order[:, ::-1], axis=1)",
         PLANNER,
     ),
     Mutation(

@@ -385,8 +385,8 @@ KNOWING = [
     Mutation(
         "the report gives work to the wrong ring step",
         "cp/record.py",
-        "work.gather(1, torch.from_numpy(sources))",
-        "work.gather(1, torch.from_numpy(sources).flip(1))",
+        "work.gather(1, torch.tensor(sources))",
+        "work.gather(1, torch.tensor(sources).flip(1))",
         AUTO,
     ),
     Mutation(

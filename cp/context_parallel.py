@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..balance import Decision, Layout, PlannerState, Schedule, Statistics, order, resolve, schedules
+from ..balance import Decision, Layout, PlannerState, Schedule, Statistics, order, resolve, schedule_of
 from ..balance.layout import named
 from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, check_scale, steps
 from ..kernels.bound import prepare
@@ -363,7 +363,7 @@ class ContextParallel:
         return self.patterns.get(layer, self.patterns["default"])
 
     def schedule(self, transport: Transport) -> Schedule:
-        return schedules(self.exchange, transport.size, transport.nodes)[transport.rank]
+        return schedule_of(self.exchange, transport.rank, transport.size, transport.nodes)
 
     def loss(
         self,

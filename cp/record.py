@@ -83,7 +83,7 @@ class Record:
         tiles, columns, visible = elements.double().cpu().T
         work = transport.all_gather(torch.stack([self.work[layer] for layer in layers]).sum(0))
         work, sources = work.cpu(), order(exchange, transport.size, transport.nodes)
-        by_step = torch.cat((work.gather(1, torch.from_numpy(sources)), work[:, -1:]), 1).numpy()
+        by_step = torch.cat((work.gather(1, torch.tensor(sources)), work[:, -1:]), 1).numpy()
         recall = {layer: float(value) for layer, value in self.recall.items()}
         channels = (*_CHANNELS, *_OUTER) if transport.nodes > 1 else _CHANNELS
         moved = torch.tensor([self.bytes[c] for c in channels], dtype=torch.int64)
