@@ -6,34 +6,56 @@ arrays; so the engine, the tests, the planner and a simulator all use the same o
     layout.py      Layout: which rank holds which blocks; contiguous, zigzag, striped, or any assignment
     schedule.py    Schedule: what a rank computes in each step and which messages are in flight meanwhile
     statistics.py  Statistics: what the plans of a step tell about the next batch
-    cost.py        expected work of a batch; work of each rank and ring step under a layout; imbalances
-    planner.py     resolve: the layout of a step, given by name or chosen by predicted time
+    topology.py    Topology, Constants: nodes, links and kernels as numbers; kept in a file
+    tiles.py       expected work of a batch before its forward, and which keys a layout makes ranks need
+    cost.py        work of each rank and step under a layout; imbalances
+    candidates.py, search.py   the layouts that are weighed
+    predict.py     seconds of an exchange under a layout, in closed form
+    simulate.py    simulate: when every rank computes and sends, by an event model of the schedules
+    planner.py     resolve: layout and exchange of a step, given by name or chosen by predicted time
 """
 
-from .cost import (
-    ExpectedTiles,
-    expected_columns,
-    expected_tiles,
-    first_blocks,
-    step_imbalance,
-    work_matrices,
-    worker_imbalance,
-)
+from .cost import step_imbalance, work_matrices, worker_imbalance
 from .layout import Layout, contiguous, from_assignment, striped, zigzag
 from .planner import Candidate, Decision, PlannerState, candidates, choose, resolve
-from .schedule import EXCHANGES, Schedule, Step, Transfer, gather, hierarchical, order, ring, schedule_of
+from .predict import Call, Prediction, predict
+from .schedule import (
+    EXCHANGES,
+    Schedule,
+    Step,
+    Transfer,
+    gather,
+    hierarchical,
+    pull,
+    ring,
+    schedule_of,
+    step_of_source,
+)
+from .simulate import Timeline, programs, programs_of, simulate
 from .statistics import Statistics, measure
+from .tiles import ExpectedTiles, GivenTiles, Tiles, expected_columns, expected_tiles, first_blocks
+from .topology import H200, Constants, KernelCost, LinkCost, Topology, read_constants, write_constants
 
 __all__ = [
     "EXCHANGES",
+    "H200",
+    "Call",
     "Candidate",
+    "Constants",
     "Decision",
     "ExpectedTiles",
+    "GivenTiles",
+    "KernelCost",
     "Layout",
+    "LinkCost",
     "PlannerState",
+    "Prediction",
     "Schedule",
     "Statistics",
     "Step",
+    "Tiles",
+    "Timeline",
+    "Topology",
     "Transfer",
     "candidates",
     "choose",
@@ -45,13 +67,20 @@ __all__ = [
     "gather",
     "hierarchical",
     "measure",
-    "order",
+    "predict",
+    "programs",
+    "programs_of",
+    "pull",
+    "read_constants",
     "resolve",
     "ring",
     "schedule_of",
+    "simulate",
     "step_imbalance",
+    "step_of_source",
     "striped",
     "work_matrices",
     "worker_imbalance",
+    "write_constants",
     "zigzag",
 ]

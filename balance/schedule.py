@@ -31,16 +31,16 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Step:
-    """Computation with the keys of one source, and the messages around it.
+    """Computation with the keys of some sources in one launch, and the messages around it.
 
-    source: the rank that owns the keys of this step; they have arrived when the step computes.
+    sources: the ranks that own the keys of this step; they have arrived when the step computes.
     keys: started before the computation and in flight during it; bring the keys of later steps.
     gradients: started after the computation, in flight during later steps. One inside a node sends on all
         that is here of a source: this rank's share and what came for it inside the node. An outer one adds
         what came for it from other nodes.
     """
 
-    source: int
+    sources: tuple[int, ...]
     keys: tuple[Transfer, ...] = ()
     gradients: tuple[Transfer, ...] = ()
 
@@ -50,7 +50,9 @@ class Schedule:
     """What one rank does in the forward and in the backward of one attention call.
 
     A message is waited for where it is used: keys by the step that computes with them, gradients by the
-    transfer that sends them on or, those of this rank's own keys, at the end.
+    transfer that sends them on or, those of this rank's own keys, at the end. Both phases compute with the
+    same groups of sources. The forward begins with this rank's own, while the first keys travel; the backward
+    begins with nothing and ends with this rank's own, while the last gradients travel home.
     """
 
     name: str
@@ -94,36 +96,26 @@ def gather(rank: int, world: int, nodes: int = 1) -> Schedule:
     """Every rank sends its keys to all others at once and computes with its own meanwhile.
 
     A gather of all keys forward and, backward, a scatter of gradients that their owner sums in one order:
-    the fewest waits, for the memory of all keys of the sequence. nodes: not looked at.
+    the fewest waits and launches, for the memory of all keys of the sequence. The others' keys are computed
+    with in two launches, so that the gradients of the first travel during the second. nodes: not looked at.
     """
-    _check("gather", rank, world, nodes)
+    return _all_at_once("gather", rank, world, nodes)
 
-    def hop(step: int) -> Transfer:
-        return Transfer((rank + step) % world, rank, (rank - step) % world, (rank - step) % world)
 
-    def home(step: int) -> Transfer:
-        source = (rank - step) % world
-        return Transfer(source, source, (rank + step) % world, rank)
-
-    everything = tuple(hop(step) for step in range(1, world))
-    keys = [everything if step == 0 else () for step in range(world)]
-    sources = [(rank - step) % world for step in range(world)]
-    return Schedule(
-        "gather",
-        rank,
-        world,
-        forward=tuple(map(Step, sources, keys)),
-        backward=tuple(
-            Step(sources[step], keys[step], (home(step),) if step else ()) for step in range(world)
-        ),
-    )
+def pull(rank: int, world: int, nodes: int = 1) -> Schedule:
+    """A gather whose messages hold only those blocks, of each key head, that the receiver's plan touches."""
+    return _all_at_once("pull", rank, world, nodes)
 
 
 EXCHANGES: dict[str, Callable[[int, int, int], Schedule]] = {
     "ring": ring,
     "hierarchical": hierarchical,
     "gather": gather,
+    "pull": pull,
 }
+
+
+HEADS, HEADS_RING = "heads", "heads x ring"  # all keys of the sequence, or of a node, are there at once
 
 
 @lru_cache
@@ -133,12 +125,19 @@ def schedule_of(exchange: str, rank: int, world: int, nodes: int = 1) -> Schedul
 
 
 @lru_cache
-def order(exchange: str, world: int, nodes: int = 1) -> np.ndarray:
-    """int64 [world, world]: the source of every rank's steps. Kept, their schedules are not."""
-    ranks = (EXCHANGES[exchange](rank, world, nodes) for rank in range(world))
-    sources = np.array([[step.source for step in each.forward] for each in ranks])
-    sources.setflags(write=False)
-    return sources
+def step_of_source(exchange: str, world: int, nodes: int = 1) -> np.ndarray:
+    """int64 [world, world]: in which step each rank computes with the keys of each source. Kept."""
+    if exchange in (HEADS, HEADS_RING):
+        nodes = nodes if exchange == HEADS_RING else 1
+        node = np.arange(world) * nodes // world
+        table = (node[:, None] - node) % nodes
+    else:
+        table = np.empty((world, world), dtype=np.int64)
+        for rank in range(world):
+            for number, step in enumerate(EXCHANGES[exchange](rank, world, nodes).forward):
+                table[rank, list(step.sources)] = number
+    table.setflags(write=False)
+    return table
 
 
 def _check(name: str, rank: int, world: int, nodes: int) -> None:
@@ -146,6 +145,31 @@ def _check(name: str, rank: int, world: int, nodes: int) -> None:
         raise ValueError(f"rank is {rank}, world is {world}; a {name} needs 0 <= rank < world")
     if nodes < 1 or world % nodes:
         raise ValueError(f"{world} ranks on {nodes} nodes; a {name} needs equally many on each")
+
+
+def _all_at_once(name: str, rank: int, world: int, nodes: int) -> Schedule:
+    _check(name, rank, world, nodes)
+    others = range(1, world)
+    groups = [hops for hops in (others[: world // 2], others[world // 2 :]) if hops]
+
+    def keys(hop: int) -> Transfer:
+        return Transfer((rank + hop) % world, rank, (rank - hop) % world, (rank - hop) % world)
+
+    def home(hop: int) -> Transfer:
+        source = (rank - hop) % world
+        return Transfer(source, source, (rank + hop) % world, rank)
+
+    first = Step((rank,), tuple(map(keys, others)))
+    sources = [tuple((rank - hop) % world for hop in hops) for hops in groups]
+    return Schedule(
+        name,
+        rank,
+        world,
+        forward=(first, *map(Step, sources)),
+        backward=_own_last(
+            (first, *(Step(each, (), tuple(map(home, to))) for each, to in zip(sources, groups, strict=True)))
+        ),
+    )
 
 
 def _ring_of_rings(name: str, rank: int, nodes: int, inner: int) -> Schedule:
@@ -181,13 +205,22 @@ def _ring_of_rings(name: str, rank: int, nodes: int, inner: int) -> Schedule:
         name,
         rank,
         nodes * inner,
-        forward=tuple(Step(source(*at), tuple(keys(*at))) for at in order),
-        backward=tuple(Step(source(*at), tuple(keys(*at)), tuple(gradients(*at))) for at in order),
+        forward=tuple(Step((source(*at),), tuple(keys(*at))) for at in order),
+        backward=_own_last(
+            tuple(Step((source(*at),), tuple(keys(*at)), tuple(gradients(*at))) for at in order)
+        ),
     )
 
 
+def _own_last(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The messages of the first step, then the others, then the computation of the first."""
+    first, *others = steps
+    return Step((), first.keys), *others, Step(first.sources)
+
+
 def _line(step: Step) -> str:
-    parts = [f"compute with the keys of {step.source}"]
+    what = f"with the keys of {', '.join(map(str, step.sources))}" if step.sources else "nothing yet"
+    parts = [f"compute {what}"]
     for what, transfers in (("keys", step.keys), ("gradients", step.gradients)):
         parts += [
             f"{'outer ' * each.outer}{what} of {each.sends} to {each.send_to}, "

@@ -6,7 +6,8 @@ offset and depth, and a tile of the next batch is taken to be missed by both ind
 
     P(tile chosen) = 1 - missed_by_distance[distance] * missed_by_offset[offset]
 
-which is exact for slashes alone, for columns alone and for their union. Everything is counted in blocks:
+which is exact for slashes alone, for columns alone and for their union; how much query blocks choose in all
+is kept by depth, since a rule such as "the best k" makes that differ. Everything is counted in blocks:
 distance = query block - key block, offset = key block - first block, depth = query block - first block,
 where the first block is the first that the query block can see (of its earliest document).
 """
@@ -27,26 +28,28 @@ class Statistics:
 
     rows_by_depth: number of query blocks at each depth. chosen_by_distance, chosen_by_offset: chosen
     visible tiles, averaged over heads. columns_by_depth: column work outside chosen tiles, averaged over
-    heads, in tiles (one column for one query block is 1 / block_size).
+    heads, in tiles (one column for one query block is 1 / block_size). tiles_by_depth: chosen visible tiles,
+    averaged over heads.
     """
 
     rows_by_depth: np.ndarray
     chosen_by_distance: np.ndarray
     chosen_by_offset: np.ndarray
     columns_by_depth: np.ndarray
+    tiles_by_depth: np.ndarray
 
     @staticmethod
     def zeros(num_blocks: int) -> Statistics:
         """Nothing seen yet."""
-        return Statistics.from_vector(np.zeros(4 * num_blocks))
+        return Statistics.from_vector(np.zeros(5 * num_blocks))
 
     @staticmethod
     def from_vector(vector: np.ndarray) -> Statistics:
         """The inverse of `to_vector`."""
-        return Statistics(*np.asarray(vector, dtype=np.float64).reshape(4, -1))
+        return Statistics(*np.asarray(vector, dtype=np.float64).reshape(5, -1))
 
     def to_vector(self) -> np.ndarray:
-        """float64 [4 * n]: what an all-reduce over the ranks (a plain sum) may combine."""
+        """float64 [5 * n]: what an all-reduce over the ranks (a plain sum) may combine."""
         return np.concatenate([getattr(self, field.name) for field in fields(self)])
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -73,6 +76,7 @@ def measure(
         np.bincount(distance[visible], chosen[visible], num_blocks),
         np.bincount(offset[visible], chosen[visible], num_blocks),
         np.bincount(depth[seen], columns[seen], num_blocks),
+        np.bincount(depth[seen], (chosen * visible).sum(1)[seen], num_blocks),
     )
 
 
@@ -106,6 +110,17 @@ def tiles_at_depth(missed_by_distance: np.ndarray, missed_by_offset: np.ndarray)
     """float64 [num_blocks]: expected tiles of a query block at each depth, from `missed_shares`."""
     missed = _pair_sums(missed_by_distance[::-1], missed_by_offset)[::-1]
     return np.arange(1, len(missed) + 1) - missed
+
+
+def work_scale(
+    statistics: Statistics, missed_by_distance: np.ndarray, missed_by_offset: np.ndarray
+) -> np.ndarray:
+    """float64 [num_blocks]: by depth, tiles that query blocks chose over those that the shares make expected."""
+    expected = tiles_at_depth(*(x.astype(np.float64) for x in (missed_by_distance, missed_by_offset)))
+    seen = np.flatnonzero(statistics.rows_by_depth[: len(expected)])
+    modelled = np.maximum(statistics.rows_by_depth[seen] * expected[seen], 1e-9)
+    scale = statistics.tiles_by_depth[seen] / modelled
+    return np.interp(np.arange(len(expected)), seen, scale).round(6)
 
 
 def columns_at_depth(statistics: Statistics, depth: np.ndarray) -> np.ndarray:

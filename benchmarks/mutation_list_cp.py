@@ -132,6 +132,44 @@ EXCHANGE = [
     ),
 ]
 
+HEADS = [
+    Mutation(
+        "the gradient of a repeated key head is that of one rank's queries",
+        "cp/heads.py",
+        "arriving[1]().unflatten(1, (ctx.kv_heads, -1)).sum(2)",
+        "arriving[1]().unflatten(1, (ctx.kv_heads, -1))[:, :, 0]",
+        "test_heads.py -k every_way",
+    ),
+    Mutation(
+        "gradients of repeated key heads are rounded before they are added up",
+        "cp/heads.py",
+        "if k.shape[1] * len(ring.shares.inside) == ctx.kv_heads:",
+        "if k.shape[1] * len(ring.shares.inside) >= ctx.kv_heads:",
+        "test_heads.py -k rounded_once",
+    ),
+    Mutation(
+        "heads are used before they have arrived",
+        "cp/swap.py",
+        "            pending.wait()\n            return received\n",
+        "            return received\n",
+        "test_heads.py -k every_way",
+    ),
+    Mutation(
+        "every rank has the columns of the first heads",
+        "cp/heads.py",
+        "shares_of(columns, swap.link.size)[:, swap.link.rank]",
+        "shares_of(columns, swap.link.size)[:, 0]",
+        "test_heads.py -k every_way",
+    ),
+    Mutation(
+        "columns of one node reach no other",
+        "cp/part.py",
+        "else parts.sum(0)",
+        "else parts[self.rank]",
+        "test_heads.py -k every_way",
+    ),
+]
+
 BATCH = [
     Mutation(
         "labels shift after sharding instead of before",
@@ -333,8 +371,8 @@ GUARDS = [
     Mutation(
         "a model's own scale does not reach attention",
         "cp/context_parallel.py",
-        "out, lse = ring_attention(q, k, v, bound, around, scale)",
-        "out, lse = ring_attention(q, k, v, bound, around, q.shape[3] ** -0.5)",
+        "out, lse = sharded_attention(q, k, v, bound, around, scale)",
+        "out, lse = sharded_attention(q, k, v, bound, around, q.shape[3] ** -0.5)",
         "test_regressions.py -k scale_of_the_model",
     ),
     Mutation(
@@ -412,4 +450,4 @@ KNOWING = [
     ),
 ]
 
-CP = [*EXCHANGE, *BATCH, *LOSS, *GUARDS, *KNOWING]
+CP = [*EXCHANGE, *HEADS, *BATCH, *LOSS, *GUARDS, *KNOWING]

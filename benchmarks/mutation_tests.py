@@ -10,6 +10,7 @@ RING = "test_ring.py -k 'ring_matches_oracle or uneven or density or recall or s
 HUGGINGFACE = "test_huggingface.py -k 'not gpu and not compiled and not wrapped'"
 FUNCTIONAL = "test_functional.py -k 'not gpu and not package'"
 TRITON = "test_triton.py -k 'matches_specification and (packed or sinks or h4 or block16 or float)'"
+HEADS = "test_heads.py -k 'every_way or batches or bytes or work or rounded or parts'"
 
 TESTS = {
     "kernels/triton_backward.py": TRITON,
@@ -44,6 +45,9 @@ TESTS = {
     "cp/verify.py": "test_trace.py -k verify",
     "cp/mesh.py": "test_gloo.py -k 'groups or subgroup'",
     "cp/transport.py": "test_gloo.py -k 'oracle or subgroup or proves'",
+    "cp/heads.py": HEADS,
+    "cp/swap.py": HEADS,
+    "cp/part.py": HEADS,
     "cp/": RING,
     "launch/checkpoint.py": "test_checkpoint.py",
     "launch/optimizer.py": "test_checkpoint.py",

@@ -41,18 +41,18 @@ def make(length: int, heads: int, density: float, seed: int = 0) -> Plan:
 
 
 def slots(plan: Plan):
-    return torch.arange(plan.geometry.num_blocks, device="cuda")
+    return torch.arange(plan.geometry.num_blocks, device="cuda")[None]
 
 
 def check() -> None:
     """The lists and the order of a short sequence; raises if they are not those of plain operations."""
     plan = make(50_000, 4, 0.3)
-    geometry, key_blocks = plan.geometry, (plan.geometry.blocks,)
+    geometry = plan.geometry
     capacity = plan.mask_heads * geometry.num_visible_tiles
-    actual = lists(plan, tables(geometry, key_blocks, slots(plan)), capacity)
+    actual = lists(plan, tables(geometry, slots(plan), in_order=True), capacity)
     lengths, longest = actual[0][0].diff().view(1, 2, -1), geometry.num_blocks
     pairs = [(longest_first(lengths, longest), sort(lengths, longest))]
-    for got, wanted in zip(actual, plain_lists(plan, slots(plan), 1, capacity), strict=True):
+    for got, wanted in zip(actual, plain_lists(plan, slots(plan), capacity), strict=True):
         ends = None, None, int(wanted[0][-1])
         pairs += [(x[:end], y[:end]) for x, y, end in zip(got, wanted, ends, strict=True)]
     if not all(torch.equal(*pair) for pair in pairs):
@@ -70,7 +70,7 @@ def parts(plan: Plan) -> dict:
     """What is timed, by name."""
     geometry, key_blocks = plan.geometry, (plan.geometry.blocks,)
     prepare(geometry, key_blocks)
-    known, capacity = tables(geometry, key_blocks, slots(plan)), HEADS * geometry.num_visible_tiles
+    known, capacity = tables(geometry, slots(plan), in_order=True), HEADS * geometry.num_visible_tiles
     bound, blocks = bind(plan, key_blocks), geometry.num_blocks
     by_row, by_key = physical(plan.tiles, known)
     lengths = bound.row_ptr.diff().view(1, KV_HEADS, -1)
@@ -90,7 +90,7 @@ def parts(plan: Plan) -> dict:
         "all": everything,
         "order": lambda: longest_first(lengths, blocks),
         "argsort": lambda: sort(lengths, blocks),
-        "plain": lambda: plain_lists(plan, slots(plan), 1, capacity),
+        "plain": lambda: plain_lists(plan, slots(plan), capacity),
     }
 
 

@@ -13,16 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..balance import Decision, Layout, PlannerState, Schedule, Statistics, order, resolve, schedule_of
+from ..balance import (
+    Decision,
+    Layout,
+    PlannerState,
+    Schedule,
+    Statistics,
+    resolve,
+    schedule_of,
+    step_of_source,
+)
 from ..balance.layout import named
 from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, check_scale, steps
-from ..kernels.bound import prepare
 from ..kernels.geometry import Geometry, check_length
 from ..kernels.patterns import PATTERNS, Pattern
 from ..kernels.patterns.base import check_counts
 from ..kernels.plan import Plan
 from .attach import attach_model, detach_model, head_of
-from .attention import ring_attention
 from .batch import (
     IGNORE,
     KNOWN,
@@ -37,6 +44,7 @@ from .errors import Place
 from .estimate import sampled_recall
 from .exchange import check_exchange, resolve_exchange
 from .finite import check_finite
+from .heads import sharded_attention
 from .isolated import isolated
 from .link import Link
 from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
@@ -55,8 +63,9 @@ class ContextParallel:
     pattern: a Pattern, the name of one, or {layer: pattern} with an optional "default".
     layout: "auto" (chosen each step), "contiguous", "zigzag", "striped", "striped(g)", or a Layout.
     exchange: how keys reach the ranks that need them: "ring"; "hierarchical", a ring of nodes around rings
-        inside of them; "gather", from every rank to all others at once; "auto": hierarchical if there are
-        two axes, else ring.
+        inside of them; "gather", from every rank to all others at once; "heads", every rank gets all tokens
+        of its share of the heads; ("heads", "ring"), that inside a node and a ring of nodes; "auto":
+        hierarchical if there are two axes, else ring.
     grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
         `sum_gradients` (or anything else that sums).
     deterministic: bit-identical from run to run, at some cost in the backward on Hopper GPUs.
@@ -78,7 +87,7 @@ class ContextParallel:
         *,
         pattern: Pattern | str | Mapping[Hashable, Pattern | str] = "vertical-slash",
         layout: str | Layout = "auto",
-        exchange: str = "auto",
+        exchange: str | tuple[str, str] = "auto",
         grad_reduce: str = "mean",
         deterministic: bool = False,
         debug: bool = False,
@@ -204,9 +213,7 @@ class ContextParallel:
             self._last = (shard.record, transport, shard.layout)
             self._step, self._sharded = self._step + 1, self._sharded + 1
         shard.tokens = self._count_labels(shard)
-        prepare(geometry, decision.layout.assignment)
-        for pattern in self.patterns.values():
-            pattern.prepare(geometry)
+        shard.prepare()
         return shard
 
     def _decide(self, documents, num_blocks: int, transport, layout) -> Decision:
@@ -222,7 +229,7 @@ class ContextParallel:
             self.block_size,
             self._statistics,
             self._planner,
-            order(self.exchange, transport.size, transport.nodes),
+            step_of_source(self.exchange, transport.size, transport.nodes),
         )
         if own:
             self._planner = decision.state
@@ -335,7 +342,7 @@ class ContextParallel:
             around = shard.ring(layer, steps(self.impl, q, self.block_size, self.deterministic), first)
             if shard.count_keys:  # before the attention, after which recomputation may stop
                 shard.record.keys.setdefault(layer, []).append(count_keys(q, k, v, bound, around, scale))
-            out, lse = ring_attention(q, k, v, bound, around, scale)
+            out, lse = sharded_attention(q, k, v, bound, around, scale)
             if shard.sample_recall and layer not in shard.record.recall:
                 with torch.no_grad():
                     shard.record.recall[layer] = sampled_recall(

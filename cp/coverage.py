@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..kernels.bound import BoundPlan
 from ..kernels.plan import Plan
-from .attention import Ring, ring_attention
+from .heads import sharded_attention
+from .ring import Ring
 from .transport import Transport
 
 # lse is a logarithm in fp32: counts are exact up to about 100,000 keys a query, then right to this share.
@@ -27,11 +28,11 @@ def count_keys(q: Tensor, k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, sc
     """int64 [3]: pairs of query and key seen, pairs that the plan promised, rows that differ.
 
     A row is one head of one query block.
-    Arguments as of ring_attention; costs one more forward. Does not synchronise.
+    Arguments as of sharded_attention; costs one more forward. Does not synchronise.
     """
     uncounted = replace(ring, sent=Counter())
     q, k = torch.zeros_like(q), torch.zeros_like(k)  # keys too: 0 times infinity is not 0
-    lse = ring_attention(q, k, v, bound, uncounted, scale)[1]
+    lse = sharded_attention(q, k, v, bound, uncounted, scale)[1]
     size = bound.plan.geometry.block_size
     seen = lse.double().exp().round().long().unflatten(2, (-1, size)).sum(3)
     promised = _promised(bound.plan, q.shape[1])

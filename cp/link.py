@@ -101,6 +101,13 @@ class Link:
                 self.transport.exchange(send, send_to, receive, recv_from, channel), send[0].device
             )
 
+    def all_to_all(self, send, sends, receive, receives, channel) -> Pending:
+        with self._located():
+            self._prove(f"all-to-all of {channel}", send[:0])  # ranks have their own numbers of rows
+            return self._pending(
+                self.transport.all_to_all(send, sends, receive, receives, channel), send.device
+            )
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         with self._located():
             self._prove(f"all-reduce, {op}", x)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..balance import Statistics, order, step_imbalance, worker_imbalance
+from ..balance import Statistics, step_imbalance, worker_imbalance
 from ..kernels.bound import BoundPlan
 from ..kernels.geometry import EMPTY, Geometry
 from .link import Waits
@@ -22,8 +22,8 @@ class Record:
     """Counts of one shard, by layer. Filled by the attention, read by the planner and by reports.
 
     elements: int64 [3] = (pairs in tiles, pairs in columns outside them, visible pairs) times heads.
-    work: float64 [R + 1], tiles against each source and column work, mean over heads.
-    vector: int64 [4, num_blocks], the planner's statistics in units of heads (and tokens for columns).
+    work: float64 [steps + 1], tiles of each step and column work, mean over heads.
+    vector: int64 [5, num_blocks], the planner's statistics in units of heads (and tokens for columns).
     covered: chosen tiles each time the layer ran, recomputation included.
     keys: what count_keys returned each time the layer ran, recomputation included; first steps only.
     waits: for messages of other ranks, in all layers.
@@ -82,12 +82,11 @@ class Record:
         transport.all_reduce(elements).wait()
         tiles, columns, visible = elements.double().cpu().T
         work = transport.all_gather(torch.stack([self.work[layer] for layer in layers]).sum(0))
-        work, sources = work.cpu(), order(exchange, transport.size, transport.nodes)
-        by_step = torch.cat((work.gather(1, torch.tensor(sources)), work[:, -1:]), 1).numpy()
+        by_step = work.cpu().numpy()
         recall = {layer: float(value) for layer, value in self.recall.items()}
-        channels = (*_CHANNELS, *_OUTER) if transport.nodes > 1 else _CHANNELS
-        moved = torch.tensor([self.bytes[c] for c in channels], dtype=torch.int64)
+        moved = torch.tensor([self.bytes[channel] for channel in _CHANNELS], dtype=torch.int64)
         moved = transport.all_gather(moved.to(elements.device)).sum(0).tolist()
+        moved = {name: count for name, count in zip(_CHANNELS, moved, strict=True) if count}
         keys = {layer: torch.stack(runs).sum(0)[:2] for layer, runs in self.keys.items()}
         for total in keys.values():
             transport.all_reduce(total).wait()
@@ -104,15 +103,14 @@ class Record:
             worker_imbalance=worker_imbalance(by_step),
             step_imbalance=step_imbalance(by_step),
             work=by_step,
-            bytes_moved=dict(zip(channels, moved, strict=True)),
+            bytes_moved=moved,
             waited=tuple(waited.tolist()),
             straggler=find_straggler(waited.tolist(), float(elapsed.max()), transport.ranks),
             keys_by_layer={layer: tuple(total.tolist()) for layer, total in keys.items()},
         )
 
 
-_CHANNELS = ("keys", "grads", "columns")
-_OUTER = ("outer keys", "outer grads")  # between nodes
+_CHANNELS = ("keys", "grads", "columns", "outer keys", "outer grads", "needs", "heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +119,10 @@ class Report:
 
     density, density_tiles: computed pairs / visible pairs, with and without columns. recall: share of
     the attention mass that the plans hold, of sampled queries, or None where not sampled this step.
-    work: float64 [W, W + 1], tiles of each rank in each step, column work last, summed over layers.
-    bytes_moved: by traffic class, over all ranks and layers, forward and backward; what moves between nodes
-    has classes of its own where there are several.
+    work: float64 [W, steps + 1], tiles of each rank in each step, column work last, summed over layers.
+    bytes_moved: by traffic class, over all ranks and layers, forward and backward; classes without any are
+    left out. What a hierarchical ring moves between nodes has classes of its own, and so have the headers
+    in which ranks say what they need of each other.
     waited: seconds that each rank of the group waited for messages of others in attention; on CUDA, that
     its stream did. straggler: global rank that the others waited for, if there is one.
     keys_by_layer: (pairs that queries saw, pairs that plans promised) summed over the times that the layer
@@ -171,15 +170,16 @@ def find_straggler(waited: list[float], elapsed: float, ranks: tuple[int, ...]) 
 
 
 def _statistics(chosen: Tensor, columns: Tensor, geometry: Geometry, heads: int) -> Tensor:
-    """int64 [4, num_blocks] as balance.measure defines them: exact sums, so equal in any order."""
+    """int64 [5, num_blocks] as balance.measure defines them: exact sums, so equal in any order."""
     depth, distance, offset, visible = geometry.memo("statistics", lambda: _indices(geometry))
     blocks = geometry.num_blocks
-    out = chosen.new_zeros(4, blocks + 1)  # the last entry takes what is not visible
+    out = chosen.new_zeros(5, blocks + 1)  # the last entry takes what is not visible
     out[0].index_add_(0, depth.flatten(), torch.full_like(depth, heads).flatten())
-    counted = (chosen * visible).flatten()
-    out[1].index_add_(0, distance.flatten(), counted)
-    out[2].index_add_(0, offset.flatten(), counted)
+    counted = chosen * visible
+    out[1].index_add_(0, distance.flatten(), counted.flatten())
+    out[2].index_add_(0, offset.flatten(), counted.flatten())
     out[3].index_add_(0, depth.flatten(), columns.flatten())
+    out[4].index_add_(0, depth.flatten(), counted.sum(2).flatten())
     return out[:, :blocks]
 
 

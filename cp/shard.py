@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from ..balance import Decision, Layout
-from ..kernels.bound import BoundPlan, bind
+from ..kernels.bound import BoundPlan, bind, prepare
 from ..kernels.geometry import Geometry
 from ..kernels.patterns.base import make_plan
 from ..kernels.plan import Plan
-from .attention import Ring
 from .errors import Place
 from .estimate import combine_over
+from .heads import HeadRing, HeadShares, share_heads
 from .link import Link, Waits
+from .pull import Needs, Pull, exchange_needs, prepare_needs
 from .record import Record
+from .ring import Ring, step_blocks
 from .transport import Transport
 
 if TYPE_CHECKING:
@@ -64,6 +66,12 @@ class Shard:
         self.tensors: dict[str, Tensor] = {}
         self.last_position: Tensor | None = None
         self.plans: dict[Hashable, Plan] = {}
+        self.needs: dict[Hashable, Needs] = {}  # of plans by layer, where blocks are pulled
+        self.heads: HeadShares | None = share_heads(cp.exchange, geometry, layout.assignment, transport)
+        self.head_plans: dict[Hashable, Plan] = {}  # of this rank's heads by layer, where ranks share heads
+        self.schedule = cp.schedule(transport) if self.heads is None else self.heads.schedule
+        held = layout.assignment if self.heads is None else self.heads.held
+        self.step_blocks = step_blocks(self.schedule, held)
         self.record = Record(waits=Waits(geometry.device))
 
     @property
@@ -76,8 +84,26 @@ class Shard:
         """Tokens a row held here, S'."""
         return len(self.geometry.blocks) * self.geometry.block_size
 
+    def prepare(self) -> None:
+        """Makes the tables that a step needs. They wait for the device, which a step must not."""
+        prepare(self.geometry, self.step_blocks)
+        counts = self.geometry.visible_elements  # of which records are made
+        del counts
+        if self.pulls:
+            prepare_needs(self.geometry, self.layout.assignment, self.schedule)
+        if self.heads is not None:
+            prepare(self.heads.geometry, self.step_blocks)
+        for pattern in self.cp.patterns.values():
+            pattern.prepare(self.geometry)
+
+    @property
+    def pulls(self) -> bool:
+        return self.schedule.name == "pull"
+
     def plan(self, layer: Hashable, q: Tensor, k: Tensor, v: Tensor, scale: float) -> BoundPlan:
         """The plan of a layer, estimated by its pattern on the first call, the same one afterwards."""
+        if self.heads is not None:
+            self.heads.check(q.shape[1], k.shape[1])
         new = layer not in self.plans
         if new and self.replayed is not None:
             if layer not in self.replayed:
@@ -90,7 +116,13 @@ class Shard:
             pattern = self.cp.pattern_of(layer)
             combine = combine_over(self.link("plan", layer))
             self.plans[layer] = make_plan(pattern, q, k, v, self.geometry, scale, combine)
-        bound = bind(self.plans[layer], self.layout.assignment)
+        plan = self.plans[layer]
+        if new and self.pulls:
+            link = self.link("needs", layer)
+            blocks = self.layout.assignment
+            self.needs[layer] = exchange_needs(plan, blocks, self.schedule, link, k.shape[1])
+            self.record.bytes["needs"] += self.needs[layer].header
+        bound = self.needs[layer].bind(plan) if self.pulls else bind(plan, self.step_blocks)
         if new:
             self.record.add(layer, bound, q.shape[1])
         return bound
@@ -98,7 +130,21 @@ class Shard:
     def ring(self, layer: Hashable, steps, first: bool = False) -> Ring:
         """The surroundings of one attention call. first: ranks agree at the beginning of its backward."""
         link = self.link("forward", layer, first)
-        return Ring(link, self.cp.schedule(self.transport), steps, self.record.bytes)
+        parts = (link, self.schedule, steps, max(self.layout.blocks_per_rank) * self.layout.block_size)
+        if self.pulls:
+            return Pull(*parts, self.record.bytes, needs=self.needs[layer])
+        if self.heads is not None:
+            return self._head_ring(layer, link, steps)
+        return Ring(*parts, self.record.bytes)
+
+    def _head_ring(self, layer: Hashable, link: Link, steps) -> HeadRing:
+        new = layer not in self.head_plans
+        if new:
+            self.head_plans[layer] = self.heads.plan(self.plans[layer], link, self.record.bytes)
+        bound = bind(self.head_plans[layer], self.step_blocks)
+        if new:
+            self.record.work[layer] = self.heads.work(bound, self.record.heads)
+        return self.heads.ring(link, bound, steps, self.record.bytes)
 
     def link(self, phase: str, layer: Hashable, entry: bool = False) -> Link:
         """The transport as a call in this phase of this layer sees it."""

@@ -75,6 +75,20 @@ class ThreadTransport:
 
         return Pending(finish)
 
+    def all_to_all(self, send, sends, receive, receives, channel) -> Pending:
+        call = ("rows", channel, self._number("rows", channel))
+        for rank, part in enumerate(send.detach().split(list(sends))):
+            self._hub.put((*call, self.rank, rank), [part.clone()])
+
+        def finish():
+            for rank, target in enumerate(receive.split(list(receives))):
+                what = f"no {channel} from rank {rank}"
+                arrived = self._hub.take((*call, rank, self.rank), what, self.rank, rank)
+                self._same([target], arrived, rank)
+                target.copy_(arrived[0])
+
+        return Pending(finish)
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         collect = self._collect(x, "control")
 

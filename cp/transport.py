@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -56,6 +56,14 @@ class Transport(Protocol):
     ) -> Pending:
         """Sends and receives contiguous tensors at once; `receive` is filled in place."""
 
+    def all_to_all(
+        self, send: Tensor, sends: Sequence[int], receive: Tensor, receives: Sequence[int], channel: str
+    ) -> Pending:
+        """Sends sends[r] rows of contiguous `send` to each rank r, in rank order, and fills `receive` so.
+
+        Rank r sends receives[r] rows here. Rows lie along dim 0; this rank may send some to itself.
+        """
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         """Combines contiguous x over the group in place. op: "sum" or "max"."""
 
@@ -74,6 +82,10 @@ class Alone:
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
         raise AssertionError("a group of one has nobody to exchange with")
+
+    def all_to_all(self, send, sends, receive, receives, channel) -> Pending:
+        receive.copy_(send)
+        return Pending(lambda: None)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         return Pending(lambda: None)
@@ -110,6 +122,30 @@ class Distributed:
         what = [(f"no {channel} from rank {source}", source)] * len(receive)
         what += [(f"{channel} not taken by rank {to}", to)] * len(send)
         return self._pending(works, (*send, *receive), what)
+
+    def all_to_all(self, send, sends, receive, receives, channel) -> Pending:
+        order = sorted(range(self.size), key=self.ranks.__getitem__)  # torch.distributed sorts them
+        sorted_already = order == list(range(self.size))
+        out = receive if sorted_already else torch.empty_like(receive)
+        if not sorted_already:
+            parts = send.split(list(sends))
+            send = torch.cat([parts[rank] for rank in order])
+        sends, receives = ([counts[rank] for rank in order] for counts in (sends, receives))
+        what = (f"{channel} not exchanged between ranks {self.ranks}", None)
+        with self._typed(*what):
+            work = dist.all_to_all_single(
+                out, send, receives, sends, group=self.groups[channel], async_op=True
+            )
+        pending = self._pending([work], (send, out), [what])
+        if sorted_already:
+            return pending
+
+        def finish():
+            pending.wait()
+            parts = out.split(receives)
+            torch.cat([parts[order.index(rank)] for rank in range(self.size)], out=receive)
+
+        return Pending(finish)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]

@@ -101,44 +101,60 @@ class BoundPlan(Memo):
 
 def prepare(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> None:
     """Makes the tables that `bind` takes from a geometry. They wait for the device; a step must not."""
-    tables = (geometry.num_visible_tiles, geometry.visible_elements, geometry.intervals)
+    tables = (geometry.num_visible_tiles, geometry.intervals)
     del tables  # cached properties are computed by being read
     slots, kernels = _slots(geometry, key_blocks), _kernels(geometry)
     if kernels is not None:
-        kernels.tables(geometry, key_blocks, slots)
+        _tables(geometry, key_blocks, slots, kernels)
 
 
 def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
-    """Ties a plan to sources: key_blocks[s] lists the logical blocks that source s holds, in order."""
+    """Ties a plan to sources: key_blocks[s] lists the logical blocks that source s holds, in order.
+
+    -1 stands for a slot that holds no block. ValueError unless every block is held once.
+    """
+    slots, kernels = _slots(plan.geometry, key_blocks), _kernels(plan.geometry)
+    known = None if kernels is None else _tables(plan.geometry, key_blocks, slots, kernels)
+    return _bound(plan, slots, kernels, known)
+
+
+def bind_to_slots(plan: Plan, slots: Tensor) -> BoundPlan:
+    """Ties a plan to sources that need not hold all blocks: tiles of a block that none holds are left out.
+
+    slots: int64 [R, n] on the device of the plan, the logical block in each slot of each source, -1 for none.
+    """
+    kernels = _kernels(plan.geometry)
+    known = None if kernels is None else kernels.tables(plan.geometry, slots)
+    return _bound(plan, slots, kernels, known)
+
+
+def _bound(plan: Plan, slots: Tensor, kernels: ModuleType | None, known) -> BoundPlan:
     geometry = plan.geometry
-    size = geometry.block_size
-    physical, (sources, width) = _slots(geometry, key_blocks), _shape(key_blocks)
     capacity = plan.mask_heads * geometry.num_visible_tiles
     if capacity >= 2**31:
         raise ValueError(
             f"a plan of {plan.mask_heads} mask heads may hold {capacity} tiles, more than the 2^31 of "
             "int32 lists; share the mask between heads or use more ranks"
         )
-    ids, kernels = physical.clamp(min=0), _kernels(geometry)
     if kernels is None:
-        by_row, by_key = plain_lists(plan, physical, sources, capacity)
+        by_row, by_key = plain_lists(plan, slots, capacity)
     else:
-        by_row, by_key = kernels.lists(plan, kernels.tables(geometry, key_blocks, physical), capacity)
+        by_row, by_key = kernels.lists(plan, known, capacity)
     (row_ptr, row_full, row_tiles), (key_ptr, key_full, key_tiles) = by_row, by_key
     intervals = [bound for pair in geometry.intervals for bound in pair]
     lo, hi, prefix_lo, prefix_hi = (intervals + [None, None])[:4]
     begin, end = _column_ranges(plan) if plan.columns is not None else (None, None)
     return BoundPlan(
         plan=plan,
-        num_sources=sources,
-        blocks_per_source=width,
+        num_sources=slots.shape[0],
+        blocks_per_source=slots.shape[1],
         row_ptr=row_ptr,
         row_full=row_full,
         row_tiles=row_tiles,
         key_ptr=key_ptr,
         key_full=key_full,
         key_tiles=key_tiles,
-        key_base=(ids * size).int(),
+        key_base=(slots.clamp(min=0) * geometry.block_size).int().flatten(),
         lo=lo,
         hi=hi,
         prefix_lo=prefix_lo,
@@ -148,25 +164,26 @@ def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
     )
 
 
-def _shape(key_blocks: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
-    """Sources, and slots of each: the most blocks that one holds."""
-    return len(key_blocks), max(1, max(map(len, key_blocks)))
-
-
 def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> Tensor:
-    """int64 [R * n]: the logical block in each slot, -1 where a source holds fewer than n."""
+    """int64 [R, n]: the logical block in each slot, -1 where a source holds fewer than n."""
 
     def build() -> Tensor:
-        if sorted(sum(key_blocks, ())) != list(range(geometry.num_blocks)):
+        held = [block for blocks in key_blocks for block in blocks if block >= 0]
+        if sorted(held) != list(range(geometry.num_blocks)):
             raise ValueError(
-                f"sources hold {sum(map(len, key_blocks))} blocks, the plan covers {geometry.num_blocks}; "
+                f"sources hold {len(held)} blocks, the plan covers {geometry.num_blocks}; "
                 "every key block must be held by exactly one source"
             )
-        width = _shape(key_blocks)[1]
-        slots = [block for held in key_blocks for block in (*held, *[-1] * (width - len(held)))]
+        width = max(1, max(map(len, key_blocks)))
+        slots = [(*blocks, *[-1] * (width - len(blocks))) for blocks in key_blocks]
         return torch.tensor(slots, dtype=torch.int64, device=geometry.device)
 
     return geometry.memo(("slots", key_blocks), build)
+
+
+def _tables(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...], slots: Tensor, kernels: ModuleType):
+    in_order = key_blocks == (tuple(range(geometry.num_blocks)),)
+    return geometry.memo(("tables", key_blocks), lambda: kernels.tables(geometry, slots, in_order))
 
 
 def _kernels(geometry: Geometry) -> ModuleType | None:
@@ -176,16 +193,15 @@ def _kernels(geometry: Geometry) -> ModuleType | None:
     return importlib.import_module(".triton_lists", __package__)  # which imports this module
 
 
-def plain_lists(plan: Plan, slots: Tensor, sources: int, capacity: int) -> tuple[Lists, Lists]:
+def plain_lists(plan: Plan, slots: Tensor, capacity: int) -> tuple[Lists, Lists]:
     """The lists by row and by key by plain operations, on any device: what the kernels have to equal.
 
-    slots: int64 [R * n], as `_slots` makes them. Takes memory for several int32 of every bit.
+    slots: int64 [R, n], as `_slots` makes them. Takes memory for several int32 of every bit.
     """
     geometry = plan.geometry
     held, ids = slots >= 0, slots.clamp(min=0)
-    chosen = plan.tiles_bool()[..., ids] & held  # [B, Hm, M, R * n], physical key order
+    chosen = plan.tiles_bool()[..., ids] & held  # [B, Hm, M, R, n], physical key order
     full = (geometry.tile_class == FULL)[:, None][..., ids] & chosen
-    chosen, full = (x.unflatten(3, (sources, -1)) for x in (chosen, full))
     by_row = _lists(chosen, full, capacity)
     transposed = (x.permute(0, 1, 3, 4, 2) for x in (chosen, full))
     return by_row, _lists(*transposed, capacity)

@@ -263,7 +263,7 @@ def _tile(PART: gl.constexpr, MASKED: gl.constexpr, count, dk, dv, before, dq, s
 
 
 @gluon.jit
-def _add_keys(target, x, first, DIM: gl.constexpr, ATOMIC: gl.constexpr):
+def add_rows(target, x, first, DIM: gl.constexpr, ATOMIC: gl.constexpr):
     """Adds x to 64 rows from row `first` on."""
     LAYOUT: gl.constexpr = in_fours(x.shape[1])
     x = gl.convert_layout(x, LAYOUT)
@@ -321,8 +321,8 @@ def _consumer(PART: gl.constexpr, dq, dk_out, dv_out, item, plan, sizes, scale_l
         sums = warpgroup_mma_wait(0, deps=[sums])
         _add_dq(PART, dq, before, sums, scale, count > 0, DIM, QUERIES)
     first = key_head * key_tokens + slot * 128 + PART * 64
-    _add_keys(dv_out, dv, first, DIM, WITH_DQ)
-    _add_keys(dk_out, dk * scale, first, DIM, WITH_DQ)
+    add_rows(dv_out, dv, first, DIM, WITH_DQ)
+    add_rows(dk_out, dk * scale, first, DIM, WITH_DQ)
 
 
 @gluon.jit(do_not_specialize=["source", "num_sources", "rows", "slots", "key_tokens", "heads", "kv_heads",

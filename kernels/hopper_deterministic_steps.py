@@ -1,9 +1,10 @@
 """The four step functions on Hopper, bit-identical from run to run: dQ in a kernel of its own."""
 
 from .hopper_backward import backward_keys
+from .hopper_columns import forward_columns
+from .hopper_columns_backward import backward_columns
 from .hopper_dq import backward_rows
 from .hopper_forward import forward_step
-from .triton_columns import backward_columns, forward_columns
 
 __all__ = ["backward_columns", "backward_step", "forward_columns", "forward_step"]
 

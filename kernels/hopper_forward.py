@@ -124,14 +124,14 @@ def in_fours(width: int):
 
 
 @gluon.jit
-def _turns(items, programs):
+def turns_of(items, programs):
     """How many items this program has: rounds go back and forth, so that all programs get equal sums."""
     rounds = (items + programs - 1) // programs
-    return gl.where(_place(rounds - 1, programs) < items, rounds, rounds - 1)
+    return gl.where(place_of(rounds - 1, programs) < items, rounds, rounds - 1)
 
 
 @gluon.jit
-def _place(turn, programs):
+def place_of(turn, programs):
     """Where in the table the item of a turn stands."""
     p = gl.program_id(0)
     return turn * programs + gl.where(turn % 2 == 0, p, programs - 1 - p)
@@ -140,7 +140,7 @@ def _place(turn, programs):
 @gluon.jit
 def _item(table, turn, items, programs):
     """(query tile, first entry, full tiles, tiles) of a turn; past the end, of some other one."""
-    at = table + gl.minimum(_place(turn, programs), items - 1) * 4
+    at = table + gl.minimum(place_of(turn, programs), items - 1) * 4
     return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
 
 
@@ -154,7 +154,7 @@ def _producer(descriptors, plan, shared, bars, KEYS: gl.constexpr, STAGES: gl.co
     items = gl.load(live)
     count = 0  # key tiles sent
     tile, begin, full, n = _item(table, 0, items, programs)
-    for turn in range(0, _turns(items, programs)):
+    for turn in range(0, turns_of(items, programs)):
         after = _item(table, turn + 1, items, programs)
         entry = row_tiles + begin
         slot = gl.load(entry)
@@ -181,7 +181,7 @@ def _producer(descriptors, plan, shared, bars, KEYS: gl.constexpr, STAGES: gl.co
 
 
 @gluon.jit
-def _weights(s, peak, total, scale):
+def online_weights(s, peak, total, scale):
     """Online softmax in base 2: weights, decay of what came before, new peak and total."""
     new_peak = gl.maximum(peak, gl.max(s, 1) * scale)
     shift = gl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -266,7 +266,7 @@ def _consumer(
     fours_row = gl.arange(0, HALF, FOURS_ROW) + PART * HALF
     fours_column = gl.arange(0, WIDTH, gl.SliceLayout(0, FOURS))
     number = gl.load(live)
-    turns = _turns(number, programs)
+    turns = turns_of(number, programs)
     if turns > 0:
         tile, begin, full, n = _item(table, 0, number, programs)
         next_tile, next_begin, next_full, next_n = _item(table, 1, number, programs)
@@ -282,7 +282,7 @@ def _consumer(
         s = warpgroup_mma_wait(0, deps=[token])
         mbarrier.arrive(k_empty.index(0), count=1)
         s = _first_mask(s, full, base, (low, high, prefix_low, prefix_high), PREFIX)
-        weights, decay, peak, total = _weights(s, none, gl.zeros_like(none), scale)
+        weights, decay, peak, total = online_weights(s, none, gl.zeros_like(none), scale)
         operand = gl.convert_layout(weights.to(TYPE), OPERAND)
         for turn in range(0, turns):
             # Of the next query tiles: what is read here is used much later, so nothing waits for it.
@@ -333,7 +333,7 @@ def _consumer(
                 s = masked(s, base, low, high, prefix_low, prefix_high, PREFIX)
                 base = gl.load(key_base + slot)
                 slot = gl.load(entry + (i - full) + 2)
-                weights, decay, peak, total = _weights(s, peak, total, scale)
+                weights, decay, peak, total = online_weights(s, peak, total, scale)
                 acc = warpgroup_mma_wait(0, deps=[sums])
                 mbarrier.arrive(v_empty.index(before), count=1)
                 acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
@@ -372,7 +372,7 @@ def _consumer(
             s = warpgroup_mma_wait(1, deps=[token])
             mbarrier.arrive(k_empty.index(stage), count=1, pred=more)
             s = _first_mask(s, next_full, next_base, seen, PREFIX)
-            weights, decay, peak, total = _weights(s, none, gl.zeros_like(none), scale)
+            weights, decay, peak, total = online_weights(s, none, gl.zeros_like(none), scale)
             acc = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(v_empty.index(before), count=1)
             operand = gl.convert_layout(weights.to(TYPE), OPERAND)

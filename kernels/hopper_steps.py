@@ -1,7 +1,8 @@
-"""The four step functions on Hopper: kernels of its own over tiles, the portable ones over columns."""
+"""The four step functions on Hopper; imported only where they are used."""
 
 from .hopper_backward import backward_keys as backward_step
+from .hopper_columns import forward_columns
+from .hopper_columns_backward import backward_columns
 from .hopper_forward import forward_step
-from .triton_columns import backward_columns, forward_columns
 
 __all__ = ["backward_columns", "backward_step", "forward_columns", "forward_step"]

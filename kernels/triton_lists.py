@@ -43,16 +43,14 @@ class Tables(NamedTuple):
     full: tuple[Tensor, Tensor] = ()
 
 
-def tables(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...], slots: Tensor) -> Tables:
-    """The tables of a batch, made once; slots: int64 [R * n] on the device, as bound.py makes them."""
-
-    def build() -> Tables:
-        rows = torch.arange(len(geometry.blocks), dtype=torch.int32, device=geometry.device)
-        in_order = key_blocks == (tuple(range(geometry.num_blocks)),)
-        known = Tables(slots.int(), len(key_blocks), rows, in_order)
-        return known._replace(full=physical(pack_bits(geometry.tile_class == FULL)[:, None], known))
-
-    return geometry.memo(("tables of lists", key_blocks), build)
+def tables(geometry: Geometry, slots: Tensor, in_order: bool = False) -> Tables:
+    """The tables of a batch for sources that hold int64 slots [R, n], on the device, as bound.py has them."""
+    rows = geometry.memo(
+        "rows", lambda: torch.arange(len(geometry.blocks), dtype=torch.int32, device=geometry.device)
+    )
+    known = Tables(slots.int().flatten(), len(slots), rows, in_order)
+    words = geometry.memo("full tiles", lambda: pack_bits(geometry.tile_class == FULL)[:, None])
+    return known._replace(full=physical(words, known))
 
 
 def lists(plan: Plan, known: Tables, capacity: int) -> tuple[Lists, Lists]:

@@ -41,7 +41,7 @@ class TrainConfig:
     top_p: float = 0.95  # Share of the estimated attention that vertical-slash keeps, if it may.
     max_density: float = 0.5  # Most of the visible pairs that vertical-slash keeps, in long documents.
     layout: str = "auto"  # Which rank holds which blocks: auto | contiguous | zigzag | striped
-    exchange: str = "auto"  # How keys and values travel: auto | ring | hierarchical | gather
+    exchange: str = "auto"  # How keys and values travel: auto | ring | hierarchical | gather | pull | heads
     block_size: int = 128  # Tokens of a block, the unit that is chosen, held and moved.
     timeout: float = 300.0  # Seconds to wait for another rank before the job fails.
 

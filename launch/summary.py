@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..balance import candidates, order, work_matrices
+from ..balance import candidates, step_of_source, work_matrices
+from ..balance.schedule import HEADS, HEADS_RING
 from ..cp import ContextParallel, Report, Shard
 from .config import TrainConfig
 from .metrics import read_metrics
@@ -31,9 +32,12 @@ def layer_statistics(report: Report) -> dict[str, list[float]]:
 def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
     """The work that the plans of `shard` give every rank in every step, under each layout.
 
-    Layouts are those that the planner weighed for this step, or would have, and the one in use. All
-    ranks call it. Work is in tiles, mean over heads, summed over layers; columns come last.
+    Layouts are those that the planner weighed for this step, or would have, and the one in use; that one
+    alone where ranks share heads, whose work it does not change. All ranks call it. Work is in tiles, mean
+    over heads, summed over layers; columns come last.
     """
+    if cp.exchange in (HEADS, HEADS_RING):
+        return [{"layout": shard.layout.name, "chosen": True, "work": cp.report(shard).work.tolist()}]
     world, blocks, size = shard.transport.size, shard.geometry.num_blocks, shard.layout.block_size
     tiles, columns = np.zeros((blocks, blocks)), np.zeros(blocks)
     for plan in cp.plans(shard).values():
@@ -41,7 +45,7 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
         if plan.columns is not None:
             computed = (plan.column_elements() > 0).sum(3).double().mean(1).sum(0)
             columns += computed.cpu().numpy() / size
-    steps = order(cp.exchange, world, shard.transport.nodes)
+    steps = step_of_source(cp.exchange, world, shard.transport.nodes)
     table = shard.decision.table or candidates(blocks, world, size, tiles, columns, steps)
     layouts = [candidate.layout for candidate in table if candidate.layout.name != shard.layout.name]
     layouts.append(shard.layout)

@@ -59,13 +59,13 @@ def on_ring(cp, q, k, v, dout, sync="default"):
     return shard, [cp.unshard(x, shard, dim=2) for x in (out, *grads)]
 
 
-def on_nccl(name: str, dtype: torch.dtype, exchange: str) -> dict:
+def on_nccl(name: str, dtype: torch.dtype, exchange: str | tuple[str, str]) -> dict:
     """A step over NCCL that may not wait for the device, against one device; run by the pool.
 
-    A hierarchical ring takes every GPU for a node.
+    A ring of nodes takes every GPU for one.
     """
     axes, world = ("nodes", "ranks"), dist.get_world_size()
-    shape = (world, 1) if exchange == "hierarchical" else (1, world)
+    shape = (world, 1) if exchange in ("hierarchical", ("heads", "ring")) else (1, world)
     mesh = init_device_mesh("cuda", shape, mesh_dim_names=axes)
     cp = ContextParallel(mesh, axes, pattern=PATTERNS[name], layout="auto", exchange=exchange, recall_every=1)
     inputs = tensors(dtype)

@@ -20,7 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from sparring.kernels import hopper_backward, hopper_dq, hopper_forward
+from sparring.kernels import (
+    hopper_backward,
+    hopper_columns,
+    hopper_columns_backward,
+    hopper_columns_dq,
+    hopper_dq,
+    hopper_forward,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -28,6 +35,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def tensor_map(rows: int, width: int) -> str:
     layout = gl.NVMMASharedLayout.get_default_for([rows, width], gl.bfloat16)
     return f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
+
+
+def segment_map(rows: int, width: int) -> str:
+    layout = gl.NVMMASharedLayout.get_default_for([1, rows, width], gl.bfloat16)
+    return f"tensordesc<bf16[1, {rows}, {width}],{layout!r}>"
 
 
 def spills_in_loops(cubin: Path) -> list[int]:
@@ -108,10 +120,41 @@ def backward(width: int, prefix: bool, with_dq: bool) -> dict:
     return report(hopper_backward._backward, types, constants | {"PREFIX": prefix, "WITH_DQ": with_dq})
 
 
+COLUMNS, EXTENTS = "table live columns tiles", "count words rows heads programs"
+
+
+def forward_columns(width: int, prefix: bool) -> dict:
+    maps = {"dq": tensor_map(hopper_forward.QUERIES // 2, width), "scale": "fp32"}
+    maps |= dict.fromkeys(("dk", "dv"), segment_map(128, width))
+    constants = {"DIM": width, "WIDTH": width, "STAGES": hopper_forward.STAGES[width], "PREFIX": prefix}
+    return report(hopper_columns._forward, signature(COLUMNS, EXTENTS, "out lse", maps), constants)
+
+
+def rows_of_columns(width: int, prefix: bool) -> dict:
+    half = hopper_forward.QUERIES // 2
+    maps = dict.fromkeys(("dq_in", "ddout"), tensor_map(half, width)) | {"scale_log2": "fp32"}
+    maps |= dict.fromkeys(("dk", "dv"), segment_map(128, width)) | {"scale": "fp32"}
+    constants = {"DIM": width, "WIDTH": width, "STAGES": hopper_dq.STAGES[width], "PREFIX": prefix}
+    types = signature(COLUMNS, EXTENTS, "lse delta dq", maps)
+    return report(hopper_columns_dq._rows, types, constants)
+
+
+def keys_of_columns(width: int, prefix: bool) -> dict:
+    queries = hopper_backward.QUERIES[width]
+    maps = dict.fromkeys(("dq_in", "ddout"), tensor_map(queries, width)) | {"scale_log2": "fp32"}
+    maps |= dict.fromkeys(("dk_in", "dv_in"), segment_map(64, width)) | {"scale": "fp32"}
+    counts = "parts count groups tokens words rows heads kv_heads mask_heads column_heads"
+    types = signature("entries sizes columns tiles", counts, "lse delta dk dv", maps)
+    constants = {"SHARE": 4, "DIM": width, "WIDTH": width, "QUERIES": queries, "PREFIX": prefix}
+    return report(hopper_columns_backward._keys, types, constants)
+
+
 if __name__ == "__main__":
     both, widths = (False, True), hopper_forward.STAGES
     prefixes = both if sys.argv[1:] == ["all"] else (False,)
     reports = [forward(*case) for case in itertools.product(widths, prefixes, both)]
     reports += [rows(*case) for case in itertools.product(widths, prefixes)]
     reports += [backward(*case) for case in itertools.product(widths, prefixes, both)]
+    for columns in (forward_columns, rows_of_columns, keys_of_columns):
+        reports += [columns(*case) for case in itertools.product(widths, prefixes)]
     print(json.dumps(reports))

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sparring.balance import EXCHANGES, Layout, contiguous, from_assignment, striped, zigzag
 from sparring.cp import ContextParallel, run_threads
-from sparring.cp.attention import Ring, ring_attention
+from sparring.cp.attention import ring_attention
+from sparring.cp.pull import Pull, exchange_needs
 from sparring.cp.record import Report
+from sparring.cp.ring import Ring, step_blocks
 from sparring.cp.transport import Transport
 from sparring.kernels import Plan, bind, reference
 
@@ -44,6 +46,9 @@ class Wrapped:
     def exchange(self, send, send_to, receive, recv_from, channel):
         return self.inner.exchange(send, send_to, receive, recv_from, channel)
 
+    def all_to_all(self, send, sends, receive, receives, channel):
+        return self.inner.all_to_all(send, sends, receive, receives, channel)
+
     def all_reduce(self, x, *options):
         return self.inner.all_reduce(x, *options)
 
@@ -62,6 +67,11 @@ class Counting(Wrapped):
         self.messages[channel] += 1
         self.bytes[channel] += sum(x.numel() * x.itemsize for x in send)
         return super().exchange(send, send_to, receive, recv_from, channel)
+
+    def all_to_all(self, send, sends, receive, receives, channel):
+        self.messages[channel] += 1
+        self.bytes[channel] += send.numel() * send.itemsize
+        return super().all_to_all(send, sends, receive, receives, channel)
 
     def all_reduce(self, x, *options):
         self.collectives["all_reduce"] += 1
@@ -87,9 +97,15 @@ def on_ring(plan, layout, q, k, v, dout, dlse, exchange="ring", steps=reference,
     def body(transport):
         geometry = plan.geometry.select(layout.assignment[transport.rank])
         at = geometry.positions
-        bound = bind(plan.rows(geometry), layout.assignment)
         leaves = [x[:, :, at].requires_grad_() for x in (q, k, v)]
-        around = Ring(wrap(transport), EXCHANGES[exchange](transport.rank, world, nodes), steps)
+        own, held = plan.rows(geometry), layout.assignment
+        schedule = EXCHANGES[exchange](transport.rank, world, nodes)
+        parts = (wrap(transport), schedule, steps, max(layout.blocks_per_rank) * layout.block_size)
+        if exchange == "pull":
+            needs = exchange_needs(own, held, schedule, transport, k.shape[1])
+            bound, around = needs.bind(own), Pull(*parts, needs=needs)
+        else:
+            bound, around = bind(own, step_blocks(schedule, held)), Ring(*parts)
         out, lse = ring_attention(*leaves, bound, around, q.shape[3] ** -0.5)
         grads = torch.autograd.grad((out, lse), leaves, (dout[:, :, at], dlse[:, :, at]))
         return [x.detach() for x in (out, lse, *grads)]

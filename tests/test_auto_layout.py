@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparring.balance import order, work_matrices
+from sparring.balance import step_of_source, work_matrices
 from sparring.cp import ContextParallel, run_threads
 from sparring.kernels import Plan
 from sparring.kernels.patterns import Dense, Pattern, Traits
@@ -99,7 +99,9 @@ def test_slashes_change_the_layout():
     assert seen[2][1] < 1.05 < seen[0][1]
 
 
-@pytest.mark.parametrize(("exchange", "nodes"), [("ring", 1), ("hierarchical", 2), ("gather", 1)])
+@pytest.mark.parametrize(
+    ("exchange", "nodes"), [("ring", 1), ("hierarchical", 2), ("gather", 1), ("pull", 1)]
+)
 def test_reported_work_is_that_of_the_plan_by_rank_and_step(exchange, nodes):
     def body(transport):
         pattern, options = Slashes((0, 3, 7, 9, 20)), dict(block_size=SIZE, recall_every=0)
@@ -107,10 +109,10 @@ def test_reported_work_is_that_of_the_plan_by_rank_and_step(exchange, nodes):
         shard = step(cp, "half")
         return cp.report(shard).work, shard.layout, cp.plans(shard)[0].tiles_bool()
 
-    sources = order(exchange, 4, nodes)
-    assert (nodes == 1) == np.array_equal(sources, order("ring", 4))
+    steps = step_of_source(exchange, 4, nodes)
+    assert (exchange == "ring") == np.array_equal(steps, step_of_source("ring", 4))
     for work, layout, tiles in run_threads(4, body, nodes=nodes):
-        [expected] = work_matrices([layout], tiles[0, 0].double().numpy(), np.zeros(BLOCKS), sources)
+        [expected] = work_matrices([layout], tiles[0, 0].double().numpy(), np.zeros(BLOCKS), steps)
         assert np.array_equal(work, expected) and len({tuple(row) for row in expected}) > 1
 
 

@@ -44,8 +44,6 @@ def make(**options):
         ({"layout": "striped(0)"}, ValueError, "stripe is 0 blocks; it must be at least 1"),
         ({"layout": 3}, ValueError, "unknown layout 3; use one of..zigzag"),
         ({"exchange": "rings"}, ValueError, "exchange 'rings' is unknown; use one of..'auto', 'ring'"),
-        ({"exchange": "pull"}, NotImplementedError, "exchange 'pull'; implemented are..'ring'"),
-        ({"exchange": "heads"}, NotImplementedError, "exchange 'heads'; implemented are"),
         ({"exchange": ("ring", "heads")}, NotImplementedError, "exchange ('ring', 'heads'); implemented are"),
         ({"grad_reduce": "avg"}, ValueError, "grad_reduce 'avg' is unknown; use 'mean'..or 'sum'"),
         ({"impl": "cuda"}, ValueError, "impl 'cuda' is unknown; use one of..reference..triton"),
@@ -107,10 +105,15 @@ def test_mesh_axes(names, sizes, axes, data_axes, text):
             raise ValueError(message)
 
 
-def test_a_hierarchical_ring_needs_to_know_the_nodes():
+@pytest.mark.parametrize(("exchange", "flat"), [("hierarchical", "ring"), (("heads", "ring"), "heads")])
+def test_exchanges_between_nodes_need_to_know_them(exchange, flat):
+    text = (
+        f"exchange {exchange!r} needs two axes of the mesh..got ('cp',); give both, or use exchange='{flat}'"
+    )
+
     def body(transport):
-        with raises(ValueError, "needs two axes of the mesh..got ('cp',); give both, or use exchange='ring'"):
-            ContextParallel(transport, exchange="hierarchical")
+        with raises(ValueError, text):
+            ContextParallel(transport, exchange=exchange)
 
     run_threads(2, body)
 

@@ -115,7 +115,7 @@ def test_without_statistics_every_visible_tile_counts():
     expected = sum(np.tri(5) * (np.arange(5) >= row[:, None]) for row in first)
     for statistics in (None, Statistics.zeros(5)):
         tiles = expected_tiles(documents, 5, 16, statistics)
-        np.testing.assert_array_equal(tiles.dense(), expected)
+        np.testing.assert_array_equal(tiles.work(np.arange(tiles.num_blocks)), expected)
         np.testing.assert_allclose(tiles.sums(), expected.sum(1))
         assert not expected_columns(documents, 5, 16, statistics).any()
 
@@ -126,7 +126,7 @@ def test_slashes_columns_and_their_union_are_predicted_tile_by_tile(name, length
     documents = documents_of(*lengths)
     chosen, visible, _ = plan_of(documents, 128, RULES[name])
     tiles = expected_tiles(documents, 128, BLOCK, statistics_of(documents, 128, RULES[name]))
-    predicted = tiles.dense()
+    predicted = tiles.work(np.arange(tiles.num_blocks))
     assert np.abs(predicted - chosen).sum() <= 0.025 * chosen.sum()
     assert not predicted[~visible].any() and predicted.min() >= 0 and predicted.max() <= 1
     np.testing.assert_allclose(tiles.sums().sum(), predicted.sum(), rtol=1e-3)
@@ -137,7 +137,7 @@ def test_statistics_carry_over_to_another_batch_and_length():
     seen = statistics_of(documents_of(100, 28), 128, rule)
     documents = documents_of(40, 50, 6)
     chosen, _, _ = plan_of(documents, 96, rule)
-    predicted = expected_tiles(documents, 96, BLOCK, seen).dense()
+    predicted = expected_tiles(documents, 96, BLOCK, seen).work(np.arange(96))
     assert np.abs(predicted - chosen).sum() <= 0.03 * chosen.sum()
     # a longer document than any seen: a window stays a window
     short = statistics_of(documents_of(*[16] * 8), 128, RULES["window"])
@@ -164,8 +164,8 @@ def test_statistics_sum_over_ranks_and_layers():
     ]
     total = Statistics.from_vector(sum(part.to_vector() for part in parts))
     np.testing.assert_array_equal(total.to_vector(), whole.to_vector())
-    twice = expected_tiles(documents, 32, BLOCK, whole + whole).dense()
-    np.testing.assert_allclose(twice, expected_tiles(documents, 32, BLOCK, whole).dense(), rtol=1e-6)
+    twice = expected_tiles(documents, 32, BLOCK, whole + whole).work(blocks)
+    np.testing.assert_allclose(twice, expected_tiles(documents, 32, BLOCK, whole).work(blocks), rtol=1e-6)
     pads = measure(np.zeros((1, 4)), np.ones(1), np.array([3]), np.array([4]))
     assert not pads.to_vector().any()
 

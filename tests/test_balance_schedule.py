@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from sparring.balance import EXCHANGES, gather, hierarchical, ring
+from sparring.balance import EXCHANGES, gather, hierarchical, ring, step_of_source
 
 SHAPES = [(world, 1) for world in (1, 2, 3, 4, 5, 8, 16)]
 SHAPES += [(4, 2), (8, 2), (8, 4), (6, 3), (6, 2), (4, 4), (3, 3), (16, 4), (12, 3)]  # ranks, nodes
@@ -38,16 +38,16 @@ def test_every_rank_computes_with_every_source_once_when_its_keys_are_there(name
     steps = of_all(name, world, nodes, phase)
     here = {rank: {rank} for rank in steps}
     computed = []
-    for number in range(world):
+    for number in range(len(steps[0])):
         arriving = {rank: set() for rank in steps}
         for transfers in posted(steps, number, "keys"):
             assert all(t.sends in here[rank] for rank, t in transfers.items())
             for rank, source in deliver(transfers).items():
                 arriving[rank].add(source)
         for rank in steps:
-            assert steps[rank][number].source in here[rank]
-            computed.append((rank, steps[rank][number].source))
-            here[rank].remove(steps[rank][number].source)  # keys are given up by the step that uses them
+            for source in steps[rank][number].sources:
+                computed.append((rank, source))
+                here[rank].remove(source)  # keys are given up by the step that uses them
             here[rank] |= arriving[rank]
     assert sorted(computed) == [(r, s) for r in range(world) for s in range(world)]
     assert not any(here.values())
@@ -62,9 +62,9 @@ def test_gradients_collect_every_share_and_arrive_home(name, world, nodes):
         parts = [shares, inside] + [outside] * outer
         return sum((part[rank].pop(source, []) for part in parts), [])
 
-    for number in range(world):
+    for number in range(len(steps[0])):
         for rank in steps:
-            shares[rank][steps[rank][number].source] = [rank]
+            shares[rank] |= {source: [rank] for source in steps[rank][number].sources}
         for transfers in posted(steps, number, "gradients"):
             moved = {rank: summed(rank, t.sends, t.outer) for rank, t in transfers.items()}
             for to, source in deliver(transfers).items():
@@ -76,12 +76,15 @@ def test_gradients_collect_every_share_and_arrive_home(name, world, nodes):
 
 
 @every_case
-def test_the_first_step_is_local_and_the_forward_moves_no_gradients(name, world, nodes):
+def test_own_keys_come_first_in_the_forward_and_last_in_the_backward(name, world, nodes):
     for rank in range(world):
         schedule = EXCHANGES[name](rank, world, nodes)
-        assert schedule.forward[0].source == schedule.backward[0].source == rank
+        nothing, *others, own = schedule.backward
+        assert schedule.forward[0].sources == own.sources == (rank,) and not nothing.sources
+        assert [step.sources for step in schedule.forward[1:]] == [step.sources for step in others]
+        assert nothing.keys == schedule.forward[0].keys and not own.keys and not own.gradients
         assert not any(step.gradients for step in schedule.forward)
-        assert not any(steps[-1].keys for steps in (schedule.forward, schedule.backward) if world > 1)
+        assert world == 1 or not schedule.forward[-1].keys
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -126,7 +129,21 @@ def test_hierarchical_sends_fewer_messages_between_nodes_than_a_flat_ring():
 @pytest.mark.parametrize("world", [2, 5])
 def test_a_ring_moves_gradients_once_less_than_there_are_ranks(world):
     counts = [len(step.gradients) for step in ring(1, world).backward]
-    assert counts == [0] + [1] * (world - 1)
+    assert counts == [0] + [1] * (world - 1) + [0]
+
+
+@every_case
+def test_step_of_source_says_when_each_rank_computes_with_each_source(name, world, nodes):
+    table = step_of_source(name, world, nodes)
+    for rank, steps in of_all(name, world, nodes, "forward").items():
+        assert all(table[rank, s] == number for number, step in enumerate(steps) for s in step.sources)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 9])
+def test_a_gather_computes_in_three_launches_at_most(world):
+    steps = gather(0, world).forward
+    sizes = [len(step.sources) for step in steps]
+    assert sizes[0] == 1 and sum(sizes) == world and len(sizes) <= 3 and max(sizes) <= 1 + world // 2
 
 
 def test_a_gather_sends_everything_at_once_and_gradients_to_their_owner():
@@ -142,8 +159,9 @@ def test_a_schedule_reads_well():
         "hierarchical, rank 0 of 2",
         "  forward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1",
         "  forward 1: compute with the keys of 1",
-        "  backward 0: compute with the keys of 0; outer keys of 0 to 1, of 1 from 1",
+        "  backward 0: compute nothing yet; outer keys of 0 to 1, of 1 from 1",
         "  backward 1: compute with the keys of 1; outer gradients of 1 to 1, of 0 from 1",
+        "  backward 2: compute with the keys of 0",
     ]
 
 

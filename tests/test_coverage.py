@@ -46,10 +46,13 @@ def train_step(world, pattern, name, **options):
     return run_threads(world, body)
 
 
-@pytest.mark.parametrize("world,pattern,name", pairwise([1, 2, 4], ["dense", *SPARSE], BATCHES))
-def test_every_layer_sees_what_its_plan_promises(world, pattern, name):
+@pytest.mark.parametrize(
+    "world,pattern,name,exchange",
+    pairwise([1, 2, 4], ["dense", *SPARSE], BATCHES, ["ring", "gather", "pull"]),
+)
+def test_every_layer_sees_what_its_plan_promises(world, pattern, name, exchange):
     """In recomputation too."""
-    for report, runs in train_step(world, SPARSE.get(pattern, pattern), name):
+    for report, runs in train_step(world, SPARSE.get(pattern, pattern), name, exchange=exchange):
         assert list(runs.values()) == [2, 2]
         for seen, promised in report.keys_by_layer.values():
             assert seen == promised > 0

@@ -43,6 +43,10 @@ class Late(Wrapped):
         self.pause()
         return self.late(super().exchange(*message))
 
+    def all_to_all(self, *message):
+        self.pause()
+        return self.late(super().all_to_all(*message))
+
     def all_reduce(self, *options):
         self.pause()
         return self.late(super().all_reduce(*options))
@@ -86,6 +90,7 @@ def test_results_are_compared_wholly():
         ("vertical_slash", "ring"),
         ("column_groups", "hierarchical"),
         ("vertical_slash", "gather"),
+        ("vertical_slash", "pull"),
         *(pytest.param("anything", exchange, marks=FULL) for exchange in EXCHANGES),
     ],
 )

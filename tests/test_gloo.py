@@ -124,6 +124,8 @@ def attend_in_nodes(options, *args):
         ("hierarchical", "vertical-slash", "zigzag", True),
         ("auto", "sink-window", "auto", False),
         ("gather", "segments", "striped", False),
+        ("pull", "vertical-slash", "contiguous", True),
+        ("pull", "segments", "striped", False),
     ],
 )
 def test_exchanges_between_nodes(exchange, pattern, layout, debug):
@@ -132,8 +134,8 @@ def test_exchanges_between_nodes(exchange, pattern, layout, debug):
     for mine, threads in zip(pool.run(4, attend_in_nodes, options, *args), expected, strict=True):
         assert_same_attention(mine, threads)
     moved = expected[0][2].bytes_moved
-    if exchange == "gather":
-        assert expected[0][2].exchange == "gather" and moved["outer keys"] == moved["outer grads"] == 0
+    if exchange in ("gather", "pull"):
+        assert expected[0][2].exchange == exchange and "outer keys" not in moved
     else:  # of 3 hops of keys one goes to the other node, and of 6 of gradients two
         assert expected[0][2].exchange == "hierarchical"
         assert 2 * moved["outer keys"] == moved["keys"] and 2 * moved["outer grads"] == moved["grads"]

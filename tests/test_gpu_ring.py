@@ -24,7 +24,17 @@ def test_threads_on_one_gpu(name, world):
 
 
 @machine.needs("gpu")
-@pytest.mark.parametrize(("exchange", "nodes"), [("hierarchical", 2), ("hierarchical", 4), ("gather", 1)])
+@pytest.mark.parametrize(
+    ("exchange", "nodes"),
+    [
+        ("hierarchical", 2),
+        ("hierarchical", 4),
+        ("gather", 1),
+        ("pull", 1),
+        ("heads", 1),
+        (("heads", "ring"), 2),
+    ],
+)
 def test_exchanges_of_threads_on_one_gpu(exchange, nodes):
     assert_threads_match("vertical-slash", 4, exchange, nodes)
 
@@ -54,6 +64,9 @@ def assert_threads_match(name, world, exchange, nodes):
         *((name, "ring") for name in gpu_ring.PATTERNS),
         ("vertical-slash", "hierarchical"),
         ("vertical-slash", "gather"),
+        *((name, "pull") for name in gpu_ring.PATTERNS),
+        *((name, "heads") for name in gpu_ring.PATTERNS),
+        ("segments", ("heads", "ring")),
     ],
 )
 def test_nccl_matches_one_gpu_without_host_sync(name, exchange, dtype):

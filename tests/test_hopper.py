@@ -23,7 +23,8 @@ SIZE, LENGTH = 128, 1100  # 9 blocks, the last one ragged
 @machine.needs("triton")
 @pytest.mark.parametrize("arguments", [[], pytest.param(["all"], marks=pytest.mark.full)], ids=str)
 def test_shipped_configurations_compile_for_hopper(arguments):
-    """No serialised wgmma; no spills in the loops of the forward, few reloads in other mask-free loops.
+    """No serialised wgmma; no spills in the loops of the forward and of dK and dV of columns, few reloads in
+    other mask-free loops.
 
     The fused backward needs some registers more than there are with masks, and for head dim 64 always.
     """
@@ -32,13 +33,13 @@ def test_shipped_configurations_compile_for_hopper(arguments):
     result = subprocess.run(command, capture_output=True, text=True, timeout=290)
     assert result.returncode == 0, result.stderr[-2000:]
     configurations = json.loads(result.stdout.splitlines()[-1])
-    assert len(configurations) == (20 if arguments else 10)
+    assert len(configurations) == (32 if arguments else 16)
     for each in configurations:
         assert not each["warnings"], each
         assert each["shared"] <= 227 * 1024, each
         loops = each["spilled_in_loops"]
         assert len(loops) == 4, each  # of two consumers, without a mask and with one
-        if each["kernel"] == "_forward":
+        if each["kernel"] in ("_forward", "_keys"):
             assert max(loops) == 0, each
         else:
             assert max(loops[:2]) <= (28 if each.get("WITH_DQ") and each["WIDTH"] == 64 else 1), each

@@ -91,9 +91,9 @@ def make(case: Case, seed: int = 0) -> tuple[Plan, tuple[tuple[int, ...], ...]]:
 
 
 def slots_of(sources):
-    """int64 [R * n]: the logical block in each slot, -1 for none."""
+    """int64 [R, n]: the logical block in each slot, -1 for none."""
     width = max(1, *map(len, sources))
-    slots = [block for held in sources for block in (*held, *[-1] * (width - len(held)))]
+    slots = [(*held, *[-1] * (width - len(held))) for held in sources]
     return torch.tensor(slots, device=DEVICE)
 
 
@@ -114,8 +114,8 @@ def test_lists_are_those_of_plain_operations(case):
 
     plan, sources = make(case)
     slots, capacity = slots_of(sources), case.mask_heads * plan.geometry.num_visible_tiles
-    actual = triton_lists.lists(plan, triton_lists.tables(plan.geometry, sources, slots), capacity)
-    expected = plain_lists(plan, slots, len(sources), capacity)
+    actual = triton_lists.lists(plan, triton_lists.tables(plan.geometry, slots), capacity)
+    expected = plain_lists(plan, slots, capacity)
     check_equal(actual, expected)
     bound = bind(plan, sources)
     of_bound = (
@@ -137,9 +137,9 @@ def test_bits_behind_the_last_block_are_ignored():
     noisy = Plan(plan.geometry, plan.tiles.clone())
     noisy.tiles[..., 1] |= -2  # bits 1 to 31; Plan looks at bits of blocks alone
     slots = slots_of(sources)
-    known = triton_lists.tables(plan.geometry, sources, slots)
+    known = triton_lists.tables(plan.geometry, slots, in_order=True)
     capacity = plan.mask_heads * plan.geometry.num_visible_tiles
-    check_equal(triton_lists.lists(noisy, known, capacity), plain_lists(plan, slots, 1, capacity))
+    check_equal(triton_lists.lists(noisy, known, capacity), plain_lists(plan, slots, capacity))
 
 
 @kernels_run
@@ -244,8 +244,8 @@ def test_half_a_million_tokens_with_32_masks_fit():
     for head in (0, 31):
         words = plan.tiles[:, head : head + 1]
         chosen = unpack_bits(words, 4096)[0, 0]
-        slots = torch.arange(4096, device="cuda")
-        expected = plain_lists(Plan(geometry, words), slots, 1, geometry.num_visible_tiles)
+        slots = torch.arange(4096, device="cuda")[None]
+        expected = plain_lists(Plan(geometry, words), slots, geometry.num_visible_tiles)
         for pointer, full, entries, wanted in (
             (bound.row_ptr, bound.row_full, bound.row_tiles, expected[0]),
             (bound.key_ptr, bound.key_full, bound.key_tiles, expected[1]),

@@ -174,8 +174,8 @@ def test_every_tile_is_computed_once_over_ranks_and_steps(drawn):
         for rank in range(layout.world):
             bound = bind(case.plan.rows(geometry.select(layout.assignment[rank])), layout.assignment)
             for step in ring(rank, layout.world).forward:
-                held = layout.assignment[step.source]
-                computed.update(walk(bound, step.source, held, columnwise))
+                [source] = step.sources
+                computed.update(walk(bound, source, layout.assignment[source], columnwise))
         assert computed == expected
 
 

@@ -51,10 +51,11 @@ def test_zoo(mask, heads, world, layout, length):
 
 
 @pytest.mark.parametrize(
-    "mask,heads,world,layout", pairwise(list(ZOO), list(HEADS), [2, 3, 5, 8], list(LAYOUTS))
+    "exchange,mask,heads,world,layout",
+    pairwise(["gather", "pull"], list(ZOO), list(HEADS), [2, 3, 5, 8], list(LAYOUTS)),
 )
-def test_gather(mask, heads, world, layout):
-    check(mask, heads, world, layout, 203, "gather")
+def test_all_at_once(exchange, mask, heads, world, layout):
+    check(mask, heads, world, layout, 203, exchange)
 
 
 SHAPES = [(2, 2), (2, 4), (4, 2), (3, 2), (1, 4), (4, 1)]  # nodes, and ranks of each

@@ -1,0 +1,110 @@
+"""Local search: equal work for all ranks by few exchanges of chunks, those that need the fewest keys more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from .layout import Layout
+from .tiles import Tiles, sampled_keys
+
+CHUNKS = 256  # into how many chunks the blocks of all ranks are cut, at least 8 a rank
+KEYS = 64  # key blocks at which needs are compared
+EXCHANGES = 3  # at most, for each rank
+FREE = 0.01  # key blocks that count as nothing: among exchanges for less, the larger one is the better
+
+
+def rebalance(
+    layout: Layout,
+    by_block: np.ndarray,
+    tiles: Tiles,
+    tolerance: float,
+    inner: int | None = None,
+    near: float = 1.0,
+) -> Layout:
+    """`layout` after exchanges of equally long chunks between its heaviest rank and lighter ones.
+
+    Every exchange makes the heaviest rank lighter and the other one not as heavy; of all such it is the one
+    with the fewest additionally needed key blocks for the work that it takes away. They end when no rank has
+    more than 1 + tolerance of the mean, or after three for each rank. inner: ranks of a node; near: what a
+    key of the own node costs, as a share of one of another. by_block: [num_blocks], the work of each query block. Ranks keep
+    their numbers of blocks, and hold them in logical order.
+    """
+    if not min(layout.blocks_per_rank):
+        return layout
+    search = _Search(layout, by_block, tiles, inner or layout.world, near)
+    for _ in range(EXCHANGES * layout.world):
+        if not search.exchange(tolerance):
+            break
+    return replace(layout, assignment=search.assignment(), name=f"balanced {layout.name}")
+
+
+class _Search:
+    """Chunks [c], their owners and their work, the work of ranks, and what exchanges would cost.
+
+    added: [c, W], key blocks that a rank would need more with a chunk; freed: [c], that its owner would need no
+    more without it.
+    """
+
+    def __init__(self, layout: Layout, by_block: np.ndarray, tiles: Tiles, inner: int, near: float):
+        parts = min(min(layout.blocks_per_rank), max(8, CHUNKS // layout.world))
+        self.chunks = [part for held in layout.assignment for part in np.array_split(np.array(held), parts)]
+        self.world, self.owner = layout.world, np.repeat(np.arange(layout.world), parts)
+        self.size = np.array([len(chunk) for chunk in self.chunks])
+        bounds, blocks = np.concatenate([[0], np.cumsum(self.size)]), np.concatenate(self.chunks)
+        self.work = np.add.reduceat(by_block[blocks], bounds[:-1]).round(6)
+        self.load = np.bincount(self.owner, self.work, self.world)
+        keys = sampled_keys(layout.num_blocks, max(8, KEYS // tiles.batch))
+        logs = np.swapaxes(tiles.log_missed(blocks, bounds, keys), 0, 1)
+        self.logs = logs.reshape(len(self.chunks), -1).astype(np.float32)
+        self.needs = 1 - np.exp(self.logs)
+        node = np.arange(self.world) // inner
+        there = np.tile(node[layout.source_of_block[keys]], tiles.batch)  # before any exchange
+        self.price = np.where(node[:, None] == there, near, 1).astype(np.float32)
+        self.added = np.zeros((len(self.chunks), self.world), dtype=np.float32)
+        self.freed = np.zeros(len(self.chunks), dtype=np.float32)
+        for rank in range(self.world):
+            self.count(rank)
+
+    def assignment(self) -> tuple[tuple[int, ...], ...]:
+        order = np.argsort(self.owner, kind="stable")
+        held: list[list[int]] = [[] for _ in range(self.world)]
+        for chunk in order.tolist():
+            held[self.owner[chunk]] += self.chunks[chunk].tolist()
+        return tuple(tuple(sorted(blocks)) for blocks in held)
+
+    def exchange(self, tolerance: float) -> bool:
+        """Does the best exchange of the heaviest rank; False if it is light enough or has none."""
+        mean, heavy = self.load.mean(), int(self.load.argmax())
+        if self.load[heavy] <= mean * (1 + tolerance):
+            return False
+        own, others = np.flatnonzero(self.owner == heavy), np.flatnonzero(self.load[self.owner] < mean)
+        light = self.owner[others]
+        moved = self.work[own, None] - self.work[others]
+        after = np.maximum(np.maximum(self.load[heavy] - moved, self.load[light] + moved), mean)
+        gain = np.where(self.size[own, None] == self.size[others], self.load[heavy] - after, 0)
+        cost = (
+            self.added[own][:, light]
+            - self.freed[own, None]
+            + (self.added[others, heavy] - self.freed[others])
+        )
+        possible = gain > 1e-6 * mean
+        if not possible.any():
+            return False
+        score = np.where(possible, np.maximum(cost, FREE) / np.maximum(gain, 1e-6 * mean), np.inf)
+        row, column = divmod(int(score.argmin()), len(others))
+        one, other, rank = own[row], others[column], light[column]
+        self.owner[one], self.owner[other] = rank, heavy
+        self.load[[heavy, rank]] += np.array([-1, 1]) * moved[row, column]
+        for each in (heavy, rank):
+            self.count(each)
+        return True
+
+    def count(self, rank: int) -> None:
+        held = np.flatnonzero(self.owner == rank)
+        logs = self.logs[held]
+        total = logs.sum(0)
+        missed = np.exp(total) * self.price[rank]
+        self.freed[held] = (np.exp(total - logs) * self.price[rank] - missed).sum(1).round(3)
+        self.added[:, rank] = np.einsum("ck,k->c", self.needs, missed).round(3)
