@@ -1,5 +1,8 @@
 """Exchanges between two emulated hosts with a slow link: time of one attention on the same plan.
 
+A sink and a window, with blocks dealt in stripes, where every rank needs keys of all others, and in runs,
+where it needs those of its neighbour.
+
     sudo python benchmarks/two_hosts.py                  # 2 hosts x 4 ranks, shared link and link per rank
 
 Needs root and iproute2: each host is a network namespace, a link a veth pair that `tc tbf` limits in both
@@ -24,7 +27,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from sparring.balance import EXCHANGES
+from sparring.balance.layout import named
 from sparring.cp import ContextParallel
+from sparring.cp.pull import needed_blocks
 from sparring.kernels import Geometry, attend
 from sparring.kernels.patterns import SinkWindow
 from sparring.kernels.patterns.base import make_plan
@@ -35,19 +40,38 @@ TOKENS, HEADS, DIM, BLOCK = 256, 32, 64, 128  # tokens of each rank
 HOSTS = ("sparring-host-0", "sparring-host-1")
 
 
-def crossings(exchange: str, world: int, links: str) -> list[int]:
-    """Messages on the busiest link and direction: forward; forward and backward."""
+LAYOUTS = {"striped": tuple(EXCHANGES), "contiguous": ("ring", "hierarchical", "pull")}
+
+
+def crossings(exchange: str, layout: str, world: int, links: str) -> list[float]:
+    """Shards on the busiest link and direction: forward; forward and backward."""
     inner, counts = world // 2, []
     schedules = [EXCHANGES[exchange](rank, world, 2) for rank in range(world)]
+    needs = shares(layout, world) if exchange == "pull" else None
     for phases in (("forward",), ("forward", "backward")):
         on = Counter()
         for rank, schedule in enumerate(schedules):
             for step in (step for phase in phases for step in getattr(schedule, phase)):
-                for each in (*step.keys, *step.gradients):
+                for what, each in [("keys", t) for t in step.keys] + [("grads", t) for t in step.gradients]:
                     if each.send_to // inner != rank // inner:
-                        on[rank // inner, each.send_to % inner if links == "each" else 0] += 1
+                        there = (each.send_to, rank) if what == "keys" else (rank, each.send_to)
+                        link = rank // inner, each.send_to % inner if links == "each" else 0
+                        on[link] += 1 if needs is None else needs[there]
         counts.append(max(on.values()))
     return counts
+
+
+def shares(layout: str, world: int) -> dict[tuple[int, int], float]:
+    """(rank, holder): the share of the holder's blocks that the tiles of the rank touch."""
+    blocks = world * TOKENS // BLOCK
+    held = named(layout, blocks, world, BLOCK)
+    found = {}
+    for rank in range(world):
+        geometry = Geometry.causal(1, world * TOKENS, BLOCK).select(held.assignment[rank])
+        needed = needed_blocks(PATTERN.estimate(None, {}, geometry), 1)[0, 0]
+        for holder, own in enumerate(held.assignment):
+            found[rank, holder] = needed[list(own)].double().mean().item()
+    return found
 
 
 # -- a rank -------------------------------------------------------------------------------------------
@@ -105,9 +129,9 @@ def work(options) -> None:
     axes = ("cp_outer", "cp_inner")
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=axes)
     whole = inputs(world * TOKENS)
-    for exchange in EXCHANGES:
+    for layout, exchange in [(layout, exchange) for layout, names in LAYOUTS.items() for exchange in names]:
         cp = ContextParallel(
-            mesh, axes, pattern=PATTERN, layout="striped", exchange=exchange, block_size=BLOCK, count_keys=0
+            mesh, axes, pattern=PATTERN, layout=layout, exchange=exchange, block_size=BLOCK, count_keys=0
         )
         shard = cp.shard({"input_ids": torch.zeros(1, world * TOKENS, dtype=torch.int64)})
         at = shard.geometry.positions
@@ -115,7 +139,7 @@ def work(options) -> None:
         check(cp, shard, mine, whole)
         times = timed(cp, shard, mine, options.repeats)
         if dist.get_rank() == 0:
-            print("RESULT", exchange, *times, flush=True)
+            print("RESULT", layout, exchange, *times, flush=True)
         cp.close()
     dist.destroy_process_group()
 
@@ -174,18 +198,17 @@ def run(options, links: str) -> list[dict]:
         for job in jobs:
             job.kill()
         disconnect()
-    found = {
-        line.split()[1]: list(map(float, line.split()[2:])) for line in said.splitlines() if "RESULT" in line
-    }
+    words = [line.split()[1:] for line in said.splitlines() if "RESULT" in line]
+    found = {(layout, exchange): list(map(float, times)) for layout, exchange, *times in words}
     rows = []
-    for exchange, times in found.items():
+    for (layout, exchange), times in found.items():
         for what, column in (("forward", 0), ("forward and backward", 1)):
-            messages = [crossings(name, world, links)[column] for name in ("ring", exchange)]
-            ratio, bound = found["ring"][column] / times[column], messages[0] / messages[1]
-            rows.append(dict(links=links, exchange=exchange, what=what, seconds=times[column], ratio=ratio,
-                             bound=bound))  # fmt: skip
+            shards = [crossings(name, layout, world, links)[column] for name in ("ring", exchange)]
+            ratio, bound = found[layout, "ring"][column] / times[column], shards[0] / shards[1]
+            rows.append(dict(links=links, layout=layout, exchange=exchange, what=what, seconds=times[column],
+                             ratio=ratio, bound=bound))  # fmt: skip
             print(
-                f"{links:7} {exchange:13} {what:21} {times[column]:8.2f} {ratio:7.2f} {bound:7.2f}",
+                f"{links:7} {layout:11} {exchange:13} {what:21} {times[column]:8.2f} {ratio:7.2f} {bound:7.2f}",
                 flush=True,
             )
     return rows
@@ -207,7 +230,8 @@ def main() -> None:
         return
     if os.geteuid() != 0:
         raise SystemExit("network namespaces need root: sudo python benchmarks/two_hosts.py")
-    print(f"{'links':7} {'exchange':13} {'what':21} {'seconds':>8} {'x ring':>7} {'bound':>7}")
+    head = f"{'links':7} {'layout':11} {'exchange':13} {'what':21} {'seconds':>8} {'x ring':>7} {'bound':>7}"
+    print(head)
     rows = [row for links in ("shared", "each") for row in run(options, links)]
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .geometry import FULL, Geometry, Memo
-from .plan import Plan, columns_of_rows
+from .plan import Plan
 
 LISTS = ("row_ptr", "row_full", "row_tiles", "key_ptr", "key_full", "key_tiles")
 AHEAD = 2  # entries behind the last one that kernels may read
@@ -228,8 +228,15 @@ def _column_ranges(plan: Plan) -> tuple[Tensor, Tensor]:
     lows, highs = zip(*plan.geometry.intervals, strict=True)
     low = torch.stack(lows).amin(0).unflatten(1, shape).amin(2)
     high = torch.stack(highs).amax(0).unflatten(1, shape).amax(2)
-    columns = columns_of_rows(plan.columns, plan.column_group, low.shape[1]).contiguous()
-    low, high = (x[:, None, :, None].expand(-1, columns.shape[1], -1, 1).contiguous() for x in (low, high))
-    begin = torch.searchsorted(columns, low, out_int32=True)
-    end = torch.searchsorted(columns, high, right=True, out_int32=True)
-    return begin[..., 0], end[..., 0]
+    columns = plan.columns, plan.column_group
+    return columns_before(*columns, low), columns_before(*columns, high, right=True)
+
+
+def columns_before(columns: Tensor, column_group: Tensor | None, at: Tensor, right: bool = False) -> Tensor:
+    """int32 [B, Hc, M]: how many columns of a row's group lie before position at [B, M]; right: or at it."""
+    at = at[:, None, None].expand(-1, *columns.shape[1:3], -1).contiguous()
+    before = torch.searchsorted(columns, at, right=right, out_int32=True)  # in every group
+    if column_group is None:
+        return before[:, :, 0]
+    group = column_group.long().expand(*before.shape[:2], 1, -1)
+    return before.gather(2, group)[:, :, 0]

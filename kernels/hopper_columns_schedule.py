@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bound import BoundPlan
+from .bound import BoundPlan, columns_before
 from .columns import column_heads
 from .triton_order import longest_first
 
@@ -86,17 +86,8 @@ def _ranges(bound: BoundPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """int32 [B, Hc, rows]: columns that some query of a row may see, and those that every query sees."""
     low = bound.lo.unflatten(1, (bound.rows, SIZE)).amax(2)
     high = bound.hi.unflatten(1, (bound.rows, SIZE)).amin(2)
-    shape = (-1, *bound.columns.shape[1:3], -1)
-    low, high = (x[:, None, None].expand(shape).contiguous() for x in (low, high))
-    clear = (
-        torch.searchsorted(bound.columns, low, out_int32=True),
-        torch.searchsorted(bound.columns, high, right=True, out_int32=True),
-    )
-    if bound.column_group is None:
-        clear = [x[:, :, 0] for x in clear]
-    else:
-        group = bound.column_group.long().expand(*clear[0].shape[:2], 1, -1)
-        clear = [x.gather(2, group)[:, :, 0] for x in clear]
+    columns = bound.columns, bound.column_group
+    clear = columns_before(*columns, low), columns_before(*columns, high, right=True)
     return bound.column_begin, bound.column_end, *clear
 
 
