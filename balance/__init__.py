@@ -12,12 +12,14 @@ arrays; so the engine, the tests, the planner and a simulator all use the same o
     candidates.py, search.py   the layouts that are weighed
     predict.py     seconds of an exchange under a layout, in closed form
     simulate.py    simulate: when every rank computes and sends, by an event model of the schedules
+    decision.py    what was weighed and decided, as data and as text
     planner.py     resolve: layout and exchange of a step, given by name or chosen by predicted time
 """
 
 from .cost import step_imbalance, work_matrices, worker_imbalance
+from .decision import Candidate, Decision, PlannerState
 from .layout import Layout, contiguous, from_assignment, striped, zigzag
-from .planner import Candidate, Decision, PlannerState, candidates, choose, resolve
+from .planner import candidates, choose, resolve
 from .predict import Call, Prediction, predict
 from .schedule import (
     EXCHANGES,

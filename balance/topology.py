@@ -30,7 +30,7 @@ class KernelCost:
 
     tile: for one tile of one head. row: for each query block of one head that has any tile in a launch, so
     that n tiles a row reach n / (n + c) of the full speed, c = row / tile. column: for one column and one
-    query block of one head. launch: from one launch to the next, however little there is to do.
+    query block of one head. launch: the least time of a launch that has anything to do: what its host needs.
     """
 
     tile: float
@@ -46,8 +46,8 @@ class KernelCost:
         """
         tiles, columns = work[..., :-1] * heads, work[..., -1:] * heads * block_size
         rows = np.minimum(np.asarray(blocks) * heads, tiles)
-        steps = self.tile * tiles + self.row * rows + self.launch * (tiles > 0)
-        return np.concatenate([steps, self.column * columns + self.launch * (columns > 0)], axis=-1)
+        seconds = np.concatenate([self.tile * tiles + self.row * rows, self.column * columns], axis=-1)
+        return np.maximum(seconds, self.launch * (work > 0))
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def prepare(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> None
     """Makes the tables that `bind` takes from a geometry. They wait for the device; a step must not."""
     tables = (geometry.num_visible_tiles, geometry.intervals)
     del tables  # cached properties are computed by being read
-    slots, kernels = _slots(geometry, key_blocks), _kernels(geometry)
+    slots, kernels = slots_of(geometry, key_blocks), _kernels(geometry)
     if kernels is not None:
         _tables(geometry, key_blocks, slots, kernels)
 
@@ -113,7 +113,7 @@ def bind(plan: Plan, key_blocks: tuple[tuple[int, ...], ...]) -> BoundPlan:
 
     -1 stands for a slot that holds no block. ValueError unless every block is held once.
     """
-    slots, kernels = _slots(plan.geometry, key_blocks), _kernels(plan.geometry)
+    slots, kernels = slots_of(plan.geometry, key_blocks), _kernels(plan.geometry)
     known = None if kernels is None else _tables(plan.geometry, key_blocks, slots, kernels)
     return _bound(plan, slots, kernels, known)
 
@@ -164,7 +164,7 @@ def _bound(plan: Plan, slots: Tensor, kernels: ModuleType | None, known) -> Boun
     )
 
 
-def _slots(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> Tensor:
+def slots_of(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...]) -> Tensor:
     """int64 [R, n]: the logical block in each slot, -1 where a source holds fewer than n."""
 
     def build() -> Tensor:
@@ -188,15 +188,18 @@ def _tables(geometry: Geometry, key_blocks: tuple[tuple[int, ...], ...], slots: 
 
 def _kernels(geometry: Geometry) -> ModuleType | None:
     """What makes the lists of this geometry: kernels on a GPU that has triton, otherwise `plain_lists`."""
-    if geometry.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(".triton_lists", __package__)  # which imports this module
+    return importlib.import_module(".triton_lists", __package__) if on_gpu(geometry) else None
+
+
+def on_gpu(geometry: Geometry) -> bool:
+    """Whether tables of this geometry are made by kernels: on a GPU, where there is triton."""
+    return geometry.device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def plain_lists(plan: Plan, slots: Tensor, capacity: int) -> tuple[Lists, Lists]:
     """The lists by row and by key by plain operations, on any device: what the kernels have to equal.
 
-    slots: int64 [R, n], as `_slots` makes them. Takes memory for several int32 of every bit.
+    slots: int64 [R, n], as `slots_of` makes them. Takes memory for several int32 of every bit.
     """
     geometry = plan.geometry
     held, ids = slots >= 0, slots.clamp(min=0)

@@ -45,7 +45,7 @@ def forward_columns(q, ck, cv, bound: BoundPlan, out, lse, scale: float) -> None
         _forward_columns,
         q.shape[0] * q.shape[1] * bound.rows * (bound.block_size // chosen.queries),
         q,
-        (*tensors, *_lists(bound), scale * LOG2E.value, *_counts(q, ck, bound)),
+        (*tensors, *lists_of(bound), scale * LOG2E.value, *_counts(q, ck, bound)),
         GROUPED=bound.column_group is not None,
         **meta,
     )
@@ -59,7 +59,7 @@ def backward_columns(q, ck, cv, dout, lse, delta, bound: BoundPlan, dq, dck, dcv
     if count == 0:
         return
     tensors = [x.contiguous() for x in (q, ck, cv, dout, lse, delta)]
-    lists = (*_lists(bound), scale * LOG2E.value, scale, *_counts(q, ck, bound))
+    lists = (*lists_of(bound), scale * LOG2E.value, scale, *_counts(q, ck, bound))
     grouped = bound.column_group is not None
     chosen, meta = options("dq_columns", q, bound)
     launch(
@@ -91,7 +91,8 @@ def backward_columns(q, ck, cv, dout, lse, delta, bound: BoundPlan, dq, dck, dcv
             total.add_(parts.sum(0))
 
 
-def _lists(bound: BoundPlan) -> tuple[Tensor, ...]:
+def lists_of(bound: BoundPlan) -> tuple[Tensor, ...]:
+    """tiles, columns, column_group or a stand-in, the range of each row, and the visible intervals."""
     group = bound.column_begin if bound.column_group is None else bound.column_group  # or a stand-in
     ranges = (bound.column_begin, bound.column_end)
     return bound.tiles, bound.columns, group, *ranges, *intervals(bound)
@@ -116,7 +117,7 @@ def _some_rows_of(
 
 
 @triton.jit
-def _outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
+def outside_tiles(tiles, position, kept, BLOCK: tl.constexpr):
     """Whether the tile of each key position is absent from a row of the bitmask; False where not kept."""
     block = position // BLOCK
     word = tl.load(tiles + block // 32, mask=kept, other=-1)
@@ -187,7 +188,7 @@ def _forward_columns(
         place = first.to(tl.int64) * DIM
         keys = _some_rows_of(k + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
         values = _some_rows_of(v + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
-        kept = _outside_tiles(tiles, position, kept, BLOCK)
+        kept = outside_tiles(tiles, position, kept, BLOCK)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
         peak, total, acc = accumulate(queries, keys, values, seen, scale, peak, total, acc, True, PRECISION)
     merge(out + offset * DIM, lse + offset, query_square, peak, total, acc, QUERIES, DIM, WIDTH)
@@ -263,7 +264,7 @@ def _dq_columns(
         place = first.to(tl.int64) * DIM
         keys = _some_rows_of(k + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
         values = _some_rows_of(v + place, key_square, end - first, KEYS, DIM, WIDTH, TYPE)
-        kept = _outside_tiles(tiles, position, kept, BLOCK)
+        kept = outside_tiles(tiles, position, kept, BLOCK)
         seen = visible(position[None, :], low, high, prefix_low, prefix_high, PREFIX) & kept[None, :]
         dscores = scores_by_query(
             queries, keys, values, grads, norm, deltas, seen, scale_log2, True, PRECISION, ACC
@@ -387,7 +388,7 @@ def _dkv_columns(
             kept = kept & (tl.load(column_group + row) == group)
         mask_head = batch * mask_heads + (kv_head * SHARE + member) * mask_heads // heads
         bits = tiles + (mask_head.to(tl.int64) * rows + row) * words
-        kept = _outside_tiles(bits, position, kept, BLOCK)
+        kept = outside_tiles(bits, position, kept, BLOCK)
         seen = visible(position[:, None], low, high, prefix_low, prefix_high, PREFIX) & kept[:, None]
         key_acc, value_acc = add_by_key(
             queries, keys, values, grads, norm, deltas, seen, scale_log2, key_acc, value_acc, True, PRECISION

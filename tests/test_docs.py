@@ -55,12 +55,14 @@ COMMANDS = {
     "make test": "--collect-only -q",  # as a part of itself it must not run itself
     "make test-full": "",
     "make lint": "",
+    "python benchmarks/balance.py": "--quick --out OUT",
     "python benchmarks/copy_task.py": "",  # with fewer steps it misses its bars
     "python benchmarks/estimates.py": "--lengths 8192 --heads 4 --kv-heads 2 --out OUT/estimates.csv",
     "python benchmarks/plans.py": "--lengths 8192 --out OUT/plans.csv",
     "python benchmarks/kernels.py": "--cases quick --impls hopper triton --out OUT/kernels.csv",
     "python benchmarks/train_long.py": "--out OUT/train_131072 --draw",
     "python benchmarks/proof.py": "--digest",
+    "python benchmarks/simulate.py": "--worlds 8 16 --tokens 524288 --out OUT/simulate.csv",
     "python benchmarks/mutations.py": "--only merge --random 0",
 }
 DRY = {"make test-full"}  # writes the table of results, and runs this file: only looked at

@@ -125,6 +125,35 @@ def test_tables_cover_what_is_seen_once(mask, heads, of_tiles, of_columns, group
         assert all(seen[b, heads_of, row][..., part].all() for row in own[:clear])
 
 
+@kernels_run
+@pytest.mark.parametrize(
+    "mask,of_tiles,of_columns,groups,columns",
+    pairwise(["documents", "prefix", "empty rows"], [1, 2, 4], [1, 2, 4], [1, 3], [1, 600]),
+)
+def test_columns_are_counted_like_their_pairs(mask, of_tiles, of_columns, groups, columns):
+    from sparring.kernels.triton_column_counts import column_counts
+
+    plan = random_plan(mask, of_tiles, of_columns, groups, columns, batch=2)
+    outside = plan.column_elements()
+    expected = torch.stack((outside.sum(3, dtype=torch.int64), (outside > 0).sum(3)))
+    assert torch.equal(column_counts(bind(plan, (plan.geometry.blocks,))), expected)
+
+
+@kernels_run
+@pytest.mark.parametrize("dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_output_delta_is_that_of_plain_operations(dim, dtype):
+    from sparring.kernels.triton_delta import output_delta
+
+    g = torch.Generator(DEVICE).manual_seed(0)
+    out, dout = (torch.randn(2, 3, 77, dim, generator=g, device=DEVICE) for _ in range(2))
+    dlse, dout = torch.randn(2, 3, 77, generator=g, device=DEVICE), dout.to(dtype)
+    exact = (out.double() * dout.double()).sum(-1) - dlse.double()
+    bound = 2.0**-23 * dim * float((out * dout).abs().sum(-1).max())
+    tier = "triton-interpreter" if INTERPRETED else "gpu-fp32"
+    tolerance.check(tier, "delta", output_delta(out, dout, dlse), exact, bound)
+
+
 def tensors(plan, heads, dim, dtype):
     """q, ck, cv, dout, out, lse, delta; out and lse as after the tiles, some queries have seen nothing."""
     g = torch.Generator("cuda").manual_seed(1)

@@ -235,12 +235,11 @@ def test_sizes_that_do_not_fit_are_refused():
         H200.topology(6, 4)
 
 
-def test_a_kernel_costs_tiles_rows_that_have_any_columns_and_launches():
-    cost = KernelCost(tile=2.0, row=3.0, column=0.5, launch=7.0)
-    work = np.array([[10.0, 1.0, 0.0, 0.25], [4.0, 0.0, 0.0, 0.0]])  # three steps, then columns
+def test_a_kernel_costs_tiles_rows_that_have_any_and_columns_or_a_launch():
+    cost = KernelCost(tile=2.0, row=3.0, column=0.5, launch=11.0)
+    work = np.array([[10.0, 1.0, 0.0, 0.25], [4.0, 0.0, 0.0, 3.0]])  # three steps, then columns
     found = cost.seconds(work, blocks=4, heads=2, block_size=8)
-    expected = [[40 + 24 + 7, 4 + 6 + 7, 0, 2 + 7], [16 + 24 + 7, 0, 0, 0]]
-    assert np.array_equal(found, expected)
+    assert np.array_equal(found, [[40 + 24, 11, 0, 11], [16 + 24, 0, 0, 24]])
 
 
 def test_constants_come_back_from_their_file(tmp_path):
