@@ -13,6 +13,7 @@ arrays; so the engine, the tests, the planner and a simulator all use the same o
     predict.py     seconds of an exchange under a layout, in closed form
     simulate.py    simulate: when every rank computes and sends, by an event model of the schedules
     decision.py    what was weighed and decided, as data and as text
+    lever.py       move_blocks: query blocks that move between ranks for one layer, where its plan is unequal
     planner.py     resolve: layout and exchange of a step, given by name or chosen by predicted time
 """
 

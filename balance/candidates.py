@@ -12,7 +12,7 @@ from .tiles import Tiles
 from .topology import Topology
 
 NAMED = ("contiguous", "zigzag", "striped", "striped(4)")
-EQUAL = 1.005  # the most that a rank may have of the mean after a local search
+EQUAL = 1.015  # the most that a rank may have of the mean after a local search
 LOOSE = 1.025  # the same where keys are dear
 UNIT = 16  # pieces of a rank's blocks that `folded` keeps together
 LEVELS = 64  # of work that it tells apart
@@ -24,22 +24,20 @@ def fixed(name: str, num_blocks: int, world: int, block_size: int) -> Layout:
     return named(name, num_blocks, world, block_size)
 
 
-def layouts(
-    tiles: Tiles, columns: np.ndarray, world: int, block_size: int, topology: Topology | None = None
-) -> list[Layout]:
-    """All of them, simple ones first. columns: [num_blocks], the column work of each query block.
+def layouts(by_block: np.ndarray, world: int, block_size: int) -> list[Layout]:
+    """Those for exchanges that move all keys, simple ones first. by_block: [num_blocks], see `rebalance`."""
+    known = [fixed(name, len(by_block), world, block_size) for name in NAMED]
+    return [*known, work_sorted(by_block, world, block_size)]
 
-    topology: given if an exchange moves less where ranks need fewer keys: then such layouts are among them.
-    """
-    by_block = tiles.sums() + columns
-    known = [fixed(name, len(columns), world, block_size) for name in NAMED]
-    known.append(work_sorted(by_block, world, block_size))
-    if topology is not None:
-        fold = folded(by_block, world, block_size)
-        known += [fold, folded(by_block, world, block_size, LOOSE)]
-        if runs(fold) > 3 * world:  # work does not just grow along the sequence, so less local than could be
-            near = topology.between.bandwidth / topology.inside.bandwidth
-            known.append(rebalance(known[0], by_block, tiles, EQUAL - 1, topology.inner, near))
+
+def local_layouts(by_block: np.ndarray, tiles: Tiles, block_size: int, topology: Topology) -> list[Layout]:
+    """Those that let ranks need few keys of others, for exchanges that then move less; work is equal."""
+    world = topology.world
+    known = [folded(by_block, world, block_size), folded(by_block, world, block_size, LOOSE)]
+    if runs(known[0]) > 3 * world:  # work does not just grow along the sequence: less local than could be
+        start = fixed("contiguous", len(by_block), world, block_size)
+        near = topology.between.bandwidth / topology.inside.bandwidth
+        known.append(rebalance(start, by_block, tiles, EQUAL - 1, topology.inner, near))
     return known
 
 
@@ -64,7 +62,7 @@ def work_sorted(by_block: np.ndarray, world: int, block_size: int) -> Layout:
 def folded(by_block: np.ndarray, world: int, block_size: int, limit: float = 1.0) -> Layout:
     """Two runs of blocks for each rank, one light and one heavy, whose lengths make its work the mean.
 
-    Blocks stand in the order of their work, in pieces of a few consecutive blocks. Rank 0 takes from both ends,
+    Blocks stand in the order of their work, in pieces of a few consecutive ones. Rank 0 takes from both ends,
     rank 1 goes on where it stopped: a zigzag whose runs are not equally long, and that for dense causal work.
     Where work grows along the sequence no balanced layout lets ranks see fewer keys: the rank with the latest
     blocks has as few early ones as it can. limit: a rank may have this times the mean, so that it takes fewer

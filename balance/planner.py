@@ -7,98 +7,18 @@ sums, rounded transforms; no BLAS).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import numpy as np
 
-from .candidates import layouts, runs
-from .cost import step_imbalance, work_by_rank, work_by_step, worker_imbalance
+from .candidates import layouts, local_layouts, runs
+from .cost import work_by_rank, work_by_step
+from .decision import FRESH, SWITCH, Candidate, Decision, PlannerState
 from .layout import Layout, named
-from .predict import Call, Prediction, least_seconds, predict
+from .predict import Call, least_seconds, predict
 from .schedule import step_of_source
 from .statistics import Statistics
 from .tiles import Documents, Tiles, as_tiles, expected_columns, expected_tiles
 
-SWITCH = 1.03  # another layout must be predicted this much faster to replace the one in use
 LOCAL = 16  # runs of blocks on a rank; with more, ranks need so many keys that a pull is not weighed
-LOCALITY = 1e-3  # how much dearer work with the keys of other ranks is
-
-
-@dataclass(frozen=True)
-class PlannerState:
-    """What the planner remembers from step to step: the names of the layout and the exchange in use."""
-
-    layout: str | None = None
-    exchange: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> PlannerState:
-        """The inverse of `to_dict`."""
-        return PlannerState(**values)
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A layout and its work, float64 [W, steps + 1] in tiles as `work_matrices` gives it.
-
-    best: what is predicted for its fastest exchange, whose steps the work is by; others: for the other exchanges,
-    in seconds by name. pulled: keys that ranks need of others, as a share of all keys of others. best is None
-    where nothing is known of the attention call, and then so is pulled; or where the layout was left out since
-    its slowest rank alone takes longer than the chosen one, and then work holds totals, [W, 1].
-    """
-
-    layout: Layout
-    work: np.ndarray
-    best: Prediction | None = None
-    others: tuple[tuple[str, float], ...] = ()
-    pulled: float | None = None
-
-    @property
-    def time(self) -> float:
-        """Predicted seconds; in tiles where nothing is known of the call, or infinite if left out.
-
-        A layout whose slowest rank has 3 % more work than the mean counts as 3 % slower: where transfers take
-        longest, work costs nothing by that prediction alone.
-
-        In tiles it is the slowest rank of each step, summed over steps. The share of the work that needs the
-        keys of other ranks adds up to 0.1 %: among equals the layout with the least to move wins.
-        """
-        if self.best is not None:
-            return self.best.seconds * (SWITCH if worker_imbalance(self.work) > SWITCH else 1.0)
-        if self.work.shape[1] == 1:
-            return np.inf
-        total = self.work.sum()
-        remote = self.work[:, 1:-1].sum() / total if total else 0.0
-        return float(self.work.max(0).sum() * (1 + LOCALITY * remote))
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """The layout of a step, the candidates that it was chosen from, and the state for the next step.
-
-    exchange: chosen or given with the call; None where that is not the planner's matter. The table is empty if
-    the layout was given by the user.
-    """
-
-    layout: Layout
-    table: tuple[Candidate, ...]
-    state: PlannerState
-    exchange: str | None = None
-
-    @property
-    def chosen(self) -> Candidate:
-        return next(candidate for candidate in self.table if candidate.layout is self.layout)
-
-    def explain(self) -> str:
-        """The candidates as a text table; the chosen one is marked."""
-        if not self.table:
-            return f"{self.layout}, given by the user"
-        return _table_of_seconds(self) if self.chosen.best else _table_of_tiles(self)
 
 
 def candidates(
@@ -117,24 +37,53 @@ def candidates(
     tiles, steps = as_tiles(tiles), step_of_source("ring", world) if steps is None else steps
     return tuple(
         Candidate(layout, work_by_step(tiles.by_source(layout), work_by_rank(layout, columns), steps))
-        for layout in layouts(tiles, columns, world, block_size)
+        for layout in layouts(tiles.sums() + columns, world, block_size)
     )
 
 
 def weigh(
-    known: list[Layout], tiles: Tiles, columns: np.ndarray, call: Call, state: PlannerState
-) -> tuple[Candidate, ...]:
+    known: list[Layout],
+    tiles: Tiles,
+    columns: np.ndarray,
+    call: Call,
+    state: PlannerState,
+    fastest: float = np.inf,
+) -> list[Candidate]:
     """Those layouts with their best exchange. One whose slowest rank alone takes too long is left out."""
     by_block = tiles.sums() + columns
     totals = [work_by_rank(layout, by_block)[:, None] for layout in known]
-    least = [least_seconds(call, layout, total[:, 0]) for layout, total in zip(known, totals, strict=True)]
-    table, fastest = [Candidate(*each) for each in zip(known, totals, strict=True)], np.inf
+    least = [
+        least_seconds(call, layout, total[:, 0], tiles.batch)
+        for layout, total in zip(known, totals, strict=True)
+    ]
+    table = [Candidate(*each) for each in zip(known, totals, strict=True)]
     for number in np.argsort(least, kind="stable").tolist():
         if least[number] > fastest * SWITCH:
             break
         table[number] = _candidate(known[number], tiles, columns, call, state)
         fastest = min(fastest, table[number].time)
-    return tuple(table)
+    return table
+
+
+def _all_candidates(
+    tiles: Tiles, columns: np.ndarray, world: int, block_size: int, call: Call, state: PlannerState
+) -> list[Candidate]:
+    """Layouts that let ranks need few keys are looked for only where a pull of those could be the fastest.
+
+    That is, where it would be the fastest of contiguous runs, which need the fewest, if their work were
+    equal.
+    """
+    by_block = tiles.sums() + columns
+    known = layouts(by_block, world, block_size)
+    table = weigh(known, tiles, columns, call, state)
+    fastest = min(candidate.time for candidate in table)
+    if "pull" in call.exchanges:
+        shared = np.full((world, world), by_block.sum() / world**2)
+        floor = predict("pull", call, known[0], shared, np.zeros(world), tiles.needed(known[0]), tiles.batch)
+        if floor.seconds <= fastest:
+            local = local_layouts(by_block, tiles, block_size, call.topology(world))
+            table += weigh(local, tiles, columns, call, state, fastest)
+    return table
 
 
 def _candidate(
@@ -145,9 +94,9 @@ def _candidate(
     if local and "pull" in call.exchanges:
         needed = tiles.needed(layout)
     names = [name for name in call.exchanges if local or name != "pull"] or call.exchanges
-    if call.nodes > 1 and "hierarchical" in names:  # at least as fast as a flat ring, and that takes time to say
+    if call.nodes > 1 and "hierarchical" in names:  # which is at least as fast as a flat ring
         names = [name for name in names if name != "ring"]
-    options = [predict(name, call, layout, by_source, by_rank, needed) for name in names]
+    options = [predict(name, call, layout, by_source, by_rank, needed, tiles.batch) for name in names]
     best = min(options, key=lambda option: option.seconds)
     for option in options:
         if (layout.name, option.exchange) == (state.layout, state.exchange):
@@ -165,7 +114,7 @@ def choose(
     columns: np.ndarray,
     world: int,
     block_size: int,
-    state: PlannerState = PlannerState(),
+    state: PlannerState = FRESH,
     steps: np.ndarray | None = None,
     call: Call | None = None,
     known: list[Layout] | None = None,
@@ -179,9 +128,12 @@ def choose(
         table = candidates(len(columns), world, block_size, tiles, columns, steps)
     else:
         tiles = as_tiles(tiles)
-        topology = call.topology(world) if "pull" in call.exchanges else None
-        known = known or layouts(tiles, columns, world, block_size, topology)
-        table = weigh(known, tiles, columns, call, state)
+        weighed = (
+            weigh(known, tiles, columns, call, state)
+            if known
+            else _all_candidates(tiles, columns, world, block_size, call, state)
+        )
+        table = tuple(weighed)
     best = min(table, key=lambda candidate: candidate.time)
     for candidate in table:
         if candidate.layout.name == state.layout and candidate.time <= best.time * SWITCH:
@@ -197,7 +149,7 @@ def resolve(
     world: int,
     block_size: int,
     statistics: Statistics | None = None,
-    state: PlannerState = PlannerState(),
+    state: PlannerState = FRESH,
     steps: np.ndarray | None = None,
     call: Call | None = None,
 ) -> Decision:
@@ -210,9 +162,8 @@ def resolve(
     given = None if layout == "auto" else _given(layout, num_blocks, world, block_size)
     if given is not None and (call is None or len(call.exchanges) == 1):
         return Decision(given, (), state, call.exchanges[0] if call else None)
-    heads = (
-        np.sqrt(call.heads / call.key_heads) if call else 1.0
-    )  # query heads choose neither alike nor independently
+    # Query heads of a key head choose neither alike nor independently of each other.
+    heads = np.sqrt(call.heads / call.key_heads) if call else 1.0
     tiles = expected_tiles(documents, num_blocks, block_size, statistics, heads)
     columns = expected_columns(documents, num_blocks, block_size, statistics)
     known = None if given is None else [given]
@@ -229,50 +180,3 @@ def _given(layout: str | Layout, num_blocks: int, world: int, block_size: int) -
             f"on {world} ranks; build the layout for these sizes, or use a name, such as 'auto'"
         )
     return layout
-
-
-def _table_of_tiles(decision: Decision) -> str:
-    lines = [f"  {'layout':<14}{'work':>12}{'worker':>9}{'step':>9}{'time':>12}"]
-    for candidate in decision.table:
-        work = candidate.work
-        lines.append(
-            f"{'*' if candidate.layout is decision.layout else ' '} {candidate.layout.name:<14}"
-            f"{work.sum():>12.1f}{worker_imbalance(work):>9.3f}{step_imbalance(work):>9.3f}"
-            f"{candidate.time:>12.1f}"
-        )
-    return "\n".join([*lines, "work and time in tiles, imbalances as max / mean; * = chosen"])
-
-
-def _table_of_seconds(decision: Decision) -> str:
-    chosen = decision.chosen
-    lines = [
-        f"  {'layout':<21}{'exchange':<14}{'worker':>7}{'step':>7}{'pulled':>8}{'ms':>9}{'waits':>9}  why not"
-    ]
-    for candidate in decision.table:
-        mark, work, best = "*" if candidate is chosen else " ", candidate.work, candidate.best
-        line = f"{mark} {candidate.layout.name:<21}{best.exchange if best else '-':<14}{worker_imbalance(work):>7.3f}"
-        if best is None:
-            lines.append(f"{line}{'-':>7}{'-':>8}{'-':>9}{'-':>9}  its slowest rank alone takes longer")
-            continue
-        pulled = "-" if candidate.pulled is None else f"{candidate.pulled:.3f}"
-        line += f"{step_imbalance(work):>7.3f}{pulled:>8}{1e3 * best.seconds:>9.3f}{1e3 * best.exposed:>9.3f}"
-        lines.append(line + _why_not(candidate, chosen))
-    others = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in chosen.others)
-    lines.append(
-        f"ms of one layer, forward and backward; waits: of these for keys or slower ranks; * = chosen"
-    )
-    return "\n".join([*lines, f"the chosen layout with other exchanges: {others} ms"] if others else lines)
-
-
-def _why_not(candidate: Candidate, chosen: Candidate) -> str:
-    if candidate is chosen:
-        return ""
-    slower = candidate.time / chosen.time - 1
-    if slower <= SWITCH - 1:
-        return (
-            f"  {slower:+.1%}: as good, simpler or in use wins"
-            if slower > -1e-9
-            else f"  {slower:+.1%}: not worth a change"
-        )
-    unequal = candidate.best.compute - chosen.best.compute > 0.5 * (candidate.time - chosen.time)
-    return f"  {slower:+.1%}: {'unequal work' if unequal else 'waits longer'}"

@@ -1,7 +1,7 @@
 """Seconds of one attention call, forward and backward, by a few recurrences: what the planner compares.
 
-They leave out what hardly ever counts: gradients that are added up, channels that wait for each other, columns
-on the wire. `simulate` walks the schedules themselves and is more exact; this is many times as fast.
+They leave out what hardly ever counts: channels that wait for each other, columns on the wire. `simulate`
+walks the schedules themselves and is more exact; this is many times as fast.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from .layout import Layout
 from .schedule import step_of_source
 from .topology import Constants, KernelCost, Topology
 
-
-ADDED = 4  # how often gradients are read or written where they are zeroed and added up
+ADDED = 3  # how often gradients are read or written where they are added up
 
 
 @dataclass(frozen=True)
 class Call:
     """What an attention call is, beside its tiles. All layers of a step are taken to be alike.
 
-    heads, key_heads: of queries, of keys. key_bytes, gradient_bytes: of the keys and values of one block, all
-    key heads, and of their gradients. exchanges: names of those that may be chosen. machine, nodes: what it runs
-    on. backward: False without a backward.
+    heads, key_heads: of queries, of keys. key_bytes, gradient_bytes: of keys and values of one block of one
+    batch row, all key heads, and of their gradients. exchanges: names of those that may be chosen, see
+    FORMULAS. machine, nodes: what it runs on. backward: False without a backward.
     """
 
     heads: int
@@ -63,15 +62,16 @@ def predict(
     by_source: np.ndarray,
     columns: np.ndarray,
     needed: np.ndarray | None = None,
+    batch: int = 1,
 ) -> Prediction:
-    """by_source: [W, W], columns: [W], work in tiles, mean over heads; needed: [W, W]
-    key blocks, see `Tiles`; None for all.
+    """Seconds of an exchange under a layout, for a batch of so many rows.
 
-    Raises ValueError for an exchange that it knows no formula for.
+    by_source: [W, W], columns: [W], work in tiles, mean over heads; needed: [W, W] key blocks, see `Tiles`,
+    None for all; each summed over rows. Raises ValueError for an exchange that it knows no formula for.
     """
     if exchange not in FORMULAS:
         raise ValueError(f"no prediction for exchange {exchange!r}; known are {', '.join(FORMULAS)}")
-    world, sizes = layout.world, np.array(layout.blocks_per_rank, dtype=np.float64)
+    world, sizes = layout.world, np.array(layout.blocks_per_rank) * float(batch)
     work = work_by_step(by_source, columns, step_of_source(exchange, world, call.nodes))
     blocks = needed if exchange == "pull" and needed is not None else np.broadcast_to(sizes, (world, world))
     blocks = blocks * (1 - np.eye(world))
@@ -81,16 +81,17 @@ def predict(
     for kernel, gradient_bytes in phases:
         steps = step_seconds(kernel, call, work, sizes, layout.block_size)
         keys, gradients = blocks * call.key_bytes, blocks * gradient_bytes
-        steps[:, 1:-1] += ADDED * gradients.sum(1, keepdims=True) / (steps.shape[1] - 2) / memory if world > 1 else 0
+        if world > 1:  # zeroed before they are added to
+            steps[:, 1:-1] += gradients.sum(1, keepdims=True) / (steps.shape[1] - 2) / memory
         seconds += FORMULAS[exchange](steps, keys, gradients, call.topology(world))
         compute += float(steps.sum(1).max())
     return Prediction(exchange, float(np.round(seconds, 9)), float(np.round(compute, 9)))
 
 
-def least_seconds(call: Call, layout: Layout, work: np.ndarray) -> float:
-    """What no exchange can be faster than: the work of the slowest rank in one launch. work: [W], in tiles."""
+def least_seconds(call: Call, layout: Layout, work: np.ndarray, batch: int = 1) -> float:
+    """What no exchange is faster than: the slowest rank's work in one launch. work: [W], in tiles."""
     steps = np.column_stack([work, np.zeros(layout.world)])
-    sizes = np.array(layout.blocks_per_rank, dtype=np.float64)
+    sizes = np.array(layout.blocks_per_rank) * float(batch)
     kernels = [call.machine.forward] + [call.machine.backward] * call.backward
     return float(sum(step_seconds(kernel, call, steps, sizes, layout.block_size).max() for kernel in kernels))
 
@@ -98,7 +99,7 @@ def least_seconds(call: Call, layout: Layout, work: np.ndarray) -> float:
 def step_seconds(
     kernel: KernelCost, call: Call, work: np.ndarray, sizes: np.ndarray, block_size: int
 ) -> np.ndarray:
-    """[W, steps + 1] from work of that shape in tiles; blocks of another size than the kernel's are that many tiles, rows."""
+    """[W, steps + 1] from work of that shape in tiles; blocks may have another size than the kernel's."""
     parts = block_size / call.machine.block_size
     scaled = np.concatenate([work[:, :-1] * parts**2, work[:, -1:] * parts], axis=1)
     return kernel.seconds(scaled, sizes[:, None] * parts, call.heads, call.machine.block_size)
@@ -113,10 +114,11 @@ def _hierarchical(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, to
 
 
 def _turns(steps: np.ndarray, keys: float, gradients: float, topology: Topology, rounds: int) -> float:
-    """Ranks wait for their neighbours alone: keys arrive a hop after both ranks were there to send and receive.
+    """Ranks wait for neighbours alone: keys arrive a hop after both ranks were there to send and to receive.
 
-    In each round keys go once round a ring; meanwhile those of the next round cross. Gradients share the links
-    with keys, and ranks compute with their own keys last if there are any. keys, gradients: bytes of a message.
+    In each round keys go once round a ring; meanwhile those of the next round cross. Gradients share links
+    with keys, and ranks compute with their own keys last if there are any. keys, gradients: bytes of a
+    message.
     """
     world, size = topology.world, keys + gradients
     inner, ranks = world // rounds, np.arange(world)
@@ -129,7 +131,7 @@ def _turns(steps: np.ndarray, keys: float, gradients: float, topology: Topology,
         for step in range(inner):
             arrives = np.maximum(clock, clock[before]) + hop
             if turn or step or not gradients:
-                clock = clock + steps[:, turn * inner + step]
+                clock = clock + steps[:, turn * inner + step] + ADDED * gradients / topology.memory
             if step < inner - 1:
                 clock = np.maximum(clock, arrives)
         if turn < rounds - 1:
@@ -142,63 +144,74 @@ def _turns(steps: np.ndarray, keys: float, gradients: float, topology: Topology,
 
 
 def _gather(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology: Topology) -> float:
-    world = topology.world
-    halves = world // 2, world - 1 - world // 2
-    if topology.nodes > 1:  # few messages stay inside a node, on ports of their own
-        share, link = (world - topology.inner) / (world - 1), topology.between
-    else:
-        share, link = 1.0, topology.inside
+    world, several = topology.world, topology.nodes > 1
+    # Between nodes, what stays inside a node is little, and has ports of its own.
+    share = (world - topology.inner) / (world - 1) if several else 1.0
+    link = topology.between if several else topology.inside
+    counts = [len(hops) for hops in _halves(world)]
 
-    def arrivals(size: float) -> list[np.ndarray]:
-        sent = np.cumsum([half * share * size / link.bandwidth for half in halves if half])
-        return [np.full(world, seconds + link.latency) for seconds in sent]
+    def seconds(count: int, size: float) -> np.ndarray:
+        return np.full(world, count * share * size / link.bandwidth + link.latency)
 
-    return _all_at_once(steps, arrivals(keys.max()), arrivals(gradients.max()) if gradients.any() else [])
+    arrivals = [seconds(count, keys.max()) for count in np.cumsum(counts)]
+    homes = [seconds(count, gradients.max()) for count in counts] if gradients.any() else []
+    return _all_at_once(steps, arrivals, homes, gradients, topology)
 
 
 def _pull(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology: Topology) -> float:
-    arrivals = _arrivals(keys, topology, -1)
-    return _all_at_once(steps, arrivals, _arrivals(gradients.T, topology, 1) if gradients.any() else [])
+    halves = _halves(topology.world)
+    arrivals = [_arrivals(keys, topology, -1, range(1, hops.stop)) for hops in halves]
+    homes = [_arrivals(gradients.T, topology, 1, hops) for hops in halves] if gradients.any() else []
+    return _all_at_once(steps, arrivals, homes, gradients, topology)
 
 
-def _all_at_once(steps: np.ndarray, arrivals: list[np.ndarray], homes: list[np.ndarray]) -> float:
-    """Everything starts at once; a group of sources is computed with when the last of them is there.
+def _halves(world: int) -> list[range]:
+    """Of the hops to other ranks, computed with in one launch each."""
+    half = world // 2 + 1
+    return [hops for hops in (range(1, half), range(half, world)) if hops]
 
-    arrivals: for each group [W] seconds until its keys are there; homes: the same for gradients, from when they
-    can start.
+
+def _all_at_once(
+    steps: np.ndarray,
+    arrivals: list[np.ndarray],
+    homes: list[np.ndarray],
+    gradients: np.ndarray,
+    topology: Topology,
+) -> float:
+    """All keys start at once; a group of sources is computed with when the last of them is there.
+
+    arrivals: for each group [W] seconds until its keys are there; homes: those that its gradients take. They
+    go behind all keys, and their owners add them up.
     """
-    clock, home, sent = np.zeros(len(steps)), 0.0, 0.0
+    clock, home = np.zeros(len(steps)), np.zeros(len(steps))
     if not homes:
         clock = clock + steps[:, 0]
     for number, arrived in enumerate(arrivals):
         clock = np.maximum(clock, arrived) + steps[:, number + 1]
         if homes:
-            home = np.maximum(home, clock.max()) + homes[number] - sent
-            sent = homes[number]
+            home = np.maximum(home, np.maximum(clock.max(), arrivals[-1])) + homes[number]
     if homes:
-        clock = np.maximum(clock + steps[:, 0], home)
+        clock = np.maximum(clock + steps[:, 0], home) + ADDED * gradients.sum(0) / topology.memory
     return float((clock + steps[:, -1]).max())
 
 
-def _arrivals(sizes: np.ndarray, topology: Topology, sign: int) -> list[np.ndarray]:
-    """For each half of the hops [W] seconds until each rank has all of it, if all messages start at once.
+def _arrivals(sizes: np.ndarray, topology: Topology, sign: int, hops: range) -> np.ndarray:
+    """[W] seconds until each rank has the messages of some hops, if those start at once.
 
-    sizes: bytes [receiver, sender]; in hop h rank r gets those of r + sign * h. The messages of earlier hops go
-    first, at either end, inside nodes and between them.
+    sizes: bytes [receiver, sender]; in hop h rank r gets those of r + sign * h. The messages of earlier hops
+    go first, at either end, inside nodes and between them.
     """
-    world, ranks = topology.world, np.arange(topology.world)
-    hops = np.arange(world)[:, None]
-    senders, receivers = (ranks + sign * hops) % world, (ranks - sign * hops) % world
-    size, node = sizes[ranks, senders], ranks // topology.inner
-    outside, here = node != node[senders], np.zeros((world, world))
+    world, ranks, turns = topology.world, np.arange(topology.world), np.array(hops)[:, None]
+    senders, receivers = (ranks + sign * turns) % world, (ranks - sign * turns) % world
+    size, node, here = sizes[ranks, senders], ranks // topology.inner, np.zeros(world)
+    outside = node != node[senders]
     for crossing, link in ((outside, topology.between), (~outside, topology.inside)):
         moving = np.where(crossing, size / link.bandwidth, 0)
         sent = np.take_along_axis(moving, receivers, 1)  # by sender
         earlier = np.take_along_axis(sent.cumsum(0) - sent, senders, 1)
         begin = np.maximum(moving.cumsum(0) - moving, earlier)
-        here = np.where(moving > 0, begin + moving + link.latency, here)
-    arrived, half = np.maximum.accumulate(here), world // 2
-    return [arrived[last] for last in sorted({half, world - 1} - {0})]
+        here = np.maximum(here, np.where(moving > 0, begin + moving + link.latency, 0).max(0))
+    return here
 
 
 FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Topology], float]] = {

@@ -9,9 +9,9 @@ import numpy as np
 from .layout import Layout
 from .tiles import Tiles, sampled_keys
 
-CHUNKS = 256  # into how many chunks the blocks of all ranks are cut, at least 8 a rank
+CHUNKS = 128  # into how many chunks the blocks of all ranks are cut, at least 4 a rank
 KEYS = 64  # key blocks at which needs are compared
-EXCHANGES = 3  # at most, for each rank
+EXCHANGES = 64  # at most, or two for each rank
 FREE = 0.01  # key blocks that count as nothing: among exchanges for less, the larger one is the better
 
 
@@ -27,14 +27,14 @@ def rebalance(
 
     Every exchange makes the heaviest rank lighter and the other one not as heavy; of all such it is the one
     with the fewest additionally needed key blocks for the work that it takes away. They end when no rank has
-    more than 1 + tolerance of the mean, or after three for each rank. inner: ranks of a node; near: what a
-    key of the own node costs, as a share of one of another. by_block: [num_blocks], the work of each query block. Ranks keep
-    their numbers of blocks, and hold them in logical order.
+    more than 1 + tolerance of the mean, or after enough of them. Ranks keep their numbers of blocks, and hold
+    them in logical order. by_block: [num_blocks], the work of each query block. inner: ranks of a node; near:
+    what a key of the own node costs, as a share of one of another.
     """
     if not min(layout.blocks_per_rank):
         return layout
     search = _Search(layout, by_block, tiles, inner or layout.world, near)
-    for _ in range(EXCHANGES * layout.world):
+    for _ in range(max(EXCHANGES, 2 * layout.world)):
         if not search.exchange(tolerance):
             break
     return replace(layout, assignment=search.assignment(), name=f"balanced {layout.name}")
@@ -43,12 +43,12 @@ def rebalance(
 class _Search:
     """Chunks [c], their owners and their work, the work of ranks, and what exchanges would cost.
 
-    added: [c, W], key blocks that a rank would need more with a chunk; freed: [c], that its owner would need no
-    more without it.
+    added: [c, W], key blocks that a rank would need more with a chunk; freed: [c], fewer its owner without
+    it.
     """
 
     def __init__(self, layout: Layout, by_block: np.ndarray, tiles: Tiles, inner: int, near: float):
-        parts = min(min(layout.blocks_per_rank), max(8, CHUNKS // layout.world))
+        parts = min(min(layout.blocks_per_rank), max(4, CHUNKS // layout.world))
         self.chunks = [part for held in layout.assignment for part in np.array_split(np.array(held), parts)]
         self.world, self.owner = layout.world, np.repeat(np.arange(layout.world), parts)
         self.size = np.array([len(chunk) for chunk in self.chunks])

@@ -96,9 +96,10 @@ def missed_shares(statistics: Statistics, num_blocks: int) -> tuple[np.ndarray, 
     missed_at_offset = np.maximum(visible - statistics.chosen_by_offset[:seen], 0)
     prior = PRIOR * visible
     by_offset = np.ones(seen)
+    spectrum = np.fft.rfft(rows, 2 * seen)
     for _ in range(ROUNDS):
-        by_distance = missed_at_distance / _pair_sums(rows, by_offset)
-        by_offset = (missed_at_offset + prior) / (_pair_sums(rows, by_distance) + prior)
+        by_distance = missed_at_distance / _pair_sums(spectrum, by_offset)
+        by_offset = (missed_at_offset + prior) / (_pair_sums(spectrum, by_distance) + prior)
     scale = np.average(by_offset, weights=visible)
     return (
         _extend(by_distance * scale, visible, num_blocks),
@@ -108,14 +109,15 @@ def missed_shares(statistics: Statistics, num_blocks: int) -> tuple[np.ndarray, 
 
 def tiles_at_depth(missed_by_distance: np.ndarray, missed_by_offset: np.ndarray) -> np.ndarray:
     """float64 [num_blocks]: expected tiles of a query block at each depth, from `missed_shares`."""
-    missed = _pair_sums(missed_by_distance[::-1], missed_by_offset)[::-1]
+    spectrum = np.fft.rfft(missed_by_distance[::-1], 2 * len(missed_by_offset))
+    missed = _pair_sums(spectrum, missed_by_offset)[::-1]
     return np.arange(1, len(missed) + 1) - missed
 
 
 def work_scale(
     statistics: Statistics, missed_by_distance: np.ndarray, missed_by_offset: np.ndarray
 ) -> np.ndarray:
-    """float64 [num_blocks]: by depth, tiles that query blocks chose over those that the shares make expected."""
+    """float64 [num_blocks]: by depth, tiles that were chosen over those that the shares make expected."""
     expected = tiles_at_depth(*(x.astype(np.float64) for x in (missed_by_distance, missed_by_offset)))
     seen = np.flatnonzero(statistics.rows_by_depth[: len(expected)])
     modelled = np.maximum(statistics.rows_by_depth[seen] * expected[seen], 1e-9)
@@ -129,11 +131,10 @@ def columns_at_depth(statistics: Statistics, depth: np.ndarray) -> np.ndarray:
     return np.interp(depth, seen, statistics.columns_by_depth[seen] / statistics.rows_by_depth[seen])
 
 
-def _pair_sums(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """For each x the sum over y of rows[x + y] * weights[y]."""
-    size = 2 * len(rows)
-    spectrum = np.fft.rfft(rows, size) * np.fft.rfft(weights, size).conj()
-    return np.fft.irfft(spectrum, size)[: len(rows)]
+def _pair_sums(spectrum: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """For each x the sum over y of rows[x + y] * weights[y]. spectrum: of rows, twice as long with zeros."""
+    size = 2 * len(weights)
+    return np.fft.irfft(spectrum * np.fft.rfft(weights, size).conj(), size)[: len(weights)]
 
 
 def _extend(share: np.ndarray, visible: np.ndarray, num_blocks: int) -> np.ndarray:

@@ -21,7 +21,7 @@ Documents = Sequence[Sequence[tuple[int, int]]]  # for each batch row the token 
 
 CELLS = 1 << 20  # tiles that the work of ranks with sources is estimated from
 FEW = 8  # ranks that are looked at together, for speed
-RUNS = 1 << 16  # (run of query blocks, key block) pairs that needs are estimated from
+KEYS, LEAST = 4, 256  # key blocks of each rank, and of all at least, that needs are estimated from
 SMALLEST = 1e-6  # a share of missed tiles that counts as none
 ALIKE = 0.02  # scales of work that differ less from 1 do not change how it is spread over keys
 LARGEST = np.float32(np.inf)
@@ -44,7 +44,7 @@ class Tiles(ABC):
 
     @abstractmethod
     def log_missed(self, blocks: np.ndarray, bounds: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """float64 [batch, groups, keys]: log of the share of key heads whose queries in a group miss a key block.
+        """float64 [batch, groups, keys]: log of the share of key heads that a group does not need a block of.
 
         blocks: int [n], query blocks; group g is blocks[bounds[g] : bounds[g + 1]]. keys: int [k], block ids.
         """
@@ -67,7 +67,9 @@ class Tiles(ABC):
             for few in (ranks[i : i + FEW] for i in range(0, len(ranks), FEW)):
                 rows = self.work(np.concatenate([samples[rank] for rank in few]))
                 by_key = rows.reshape(len(few), count, -1).sum(1).take(order, axis=1)
-                result[np.ix_(few, filled)] = np.add.reduceat(by_key, starts[filled], axis=1, dtype=np.float64)
+                result[np.ix_(few, filled)] = np.add.reduceat(
+                    by_key, starts[filled], axis=1, dtype=np.float64
+                )
         totals = np.add.reduceat(sums[order], starts[filled])
         seen = result.sum(1)[filled]
         result[filled] *= np.divide(totals, seen, out=np.zeros(len(filled)), where=seen > 0)[:, None]
@@ -76,17 +78,21 @@ class Tiles(ABC):
     def needed(self, layout: Layout) -> np.ndarray:
         """float64 [W, W]: key blocks of each rank (column) that each rank (row) needs, mean over key heads.
 
-        The diagonal holds a rank's own. Where there is much to look at, key blocks are sampled evenly, each for
-        those around it.
+        The diagonal holds a rank's own. Where there are many, key blocks are sampled evenly; of a rank none
+        of whose blocks is among them, the others are taken to need as much as of all.
         """
-        world, blocks = layout.world, np.concatenate([np.array(held, dtype=np.int64) for held in layout.assignment])
+        world = layout.world
+        blocks = np.concatenate([np.array(held, dtype=np.int64) for held in layout.assignment])
         bounds = np.concatenate([[0], np.cumsum(layout.blocks_per_rank)])
-        runs = 1 + np.count_nonzero(np.diff(blocks) != 1)
-        keys = sampled_keys(self.num_blocks, max(64, RUNS // (runs * self.batch)))
+        keys = sampled_keys(self.num_blocks, max(LEAST, KEYS * world))
         missed = np.exp(self.log_missed(blocks, bounds, keys)).round(6)
-        around = np.arange(self.num_blocks) * len(keys) // max(1, self.num_blocks)
-        held = np.bincount(around * world + layout.source_of_block, minlength=len(keys) * world)
-        return np.einsum("rk,ks->rs", len(missed) - missed.sum(0), held.reshape(len(keys), world))
+        needed, owner = len(missed) - missed.sum(0), layout.source_of_block[keys]
+        cells = (np.arange(world)[:, None] * world + owner).ravel()
+        sums = np.bincount(cells, needed.ravel(), world * world).reshape(world, world)
+        seen = np.bincount(owner, minlength=world)
+        everywhere = needed.sum(1, keepdims=True) / max(1, len(keys))
+        shares = np.divide(sums, seen, out=np.tile(everywhere, (1, world)), where=seen > 0)
+        return shares * np.array(layout.blocks_per_rank)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,7 @@ CHOICE = [
 ]
 
 LAYOUTS, PLANNER, SCHEDULE = "test_balance_layout.py", "test_balance_planner.py", "test_balance_schedule.py"
+CALL = "test_planner_call.py"
 
 BALANCE = [
     Mutation(
@@ -105,9 +106,9 @@ BALANCE = [
     ),
     Mutation(
         "what came from other nodes is left out of what goes on",
-        "cp/attention.py",
-        "if outer else []",
-        "if False else []",
+        "cp/ring.py",
+        "        if outer:\n            arrived",
+        "        if False:\n            arrived",
         "test_zoo.py -k 'rings_of_rings and top_k' -m 'not full'",
     ),
     Mutation(
@@ -134,13 +135,13 @@ BALANCE = [
     Mutation(
         "work is given to the wrong ring step",
         "balance/cost.py",
-        "np.take_along_axis(by_source, order, axis=1)",
-        "np.take_along_axis(by_source, order[:, ::-1], axis=1)",
+        "np.arange(world)[:, None] * count + steps)",
+        "np.arange(world)[:, None] * count + steps[:, ::-1])",
         PLANNER,
     ),
     Mutation(
         "the last, partly filled block of a document costs nothing",
-        "balance/cost.py",
+        "balance/tiles.py",
         "held = row[start // block_size : -(-end // block_size)]",
         "held = row[start // block_size : end // block_size]",
         PLANNER,
@@ -158,6 +159,41 @@ BALANCE = [
         "np.bincount(distance[visible], chosen[visible], num_blocks)",
         "np.bincount(offset[visible], chosen[visible], num_blocks)",
         PLANNER,
+    ),
+    Mutation(
+        "an exchange of chunks may make the other rank the heaviest",
+        "balance/search.py",
+        "self.load[light] + moved), mean)",
+        "self.load[light]), mean)",
+        CALL,
+    ),
+    Mutation(
+        "a folded layout takes heavy blocks where it should take light ones",
+        "balance/candidates.py",
+        "order[low : low + taken], order[high - count + taken : high]",
+        "order[low : low + count - taken], order[high - taken : high]",
+        CALL,
+    ),
+    Mutation(
+        "needed keys of a document are counted before it begins",
+        "balance/tiles.py",
+        "np.where(keys >= firsts, np.minimum(logs, 0), 0)",
+        "np.minimum(logs, 0)",
+        CALL,
+    ),
+    Mutation(
+        "gradients of a pull are predicted to start with its keys",
+        "balance/predict.py",
+        "np.maximum(clock.max(), arrivals[-1])",
+        "0",
+        CALL,
+    ),
+    Mutation(
+        "unequal work is as good as equal work",
+        "balance/decision.py",
+        "worker_imbalance(self.work) > EVEN else 1.0",
+        "worker_imbalance(self.work) > 99 else 1.0",
+        CALL,
     ),
 ]
 

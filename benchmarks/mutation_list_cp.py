@@ -8,6 +8,7 @@ RING = "test_ring.py -k 'ring_matches_oracle or uneven'"
 MODEL = "test_functional.py -k 'dense_equals_the_original_model and (2- or 4-)'"
 CHECKPOINTED = "test_functional.py -k 'two_micro_batches or sparse_equals'"
 PRECISION = "test_precision.py"
+PULL = "test_pull.py test_zoo.py -k 'lower_bound or (all_at_once and pull)'"
 SUBGROUP = "test_gloo.py -k 'subgroup or slice'"
 GLOO = "test_gloo.py -k 'equals_oracle_in_fp64'"
 AUTO = "test_auto_layout.py"
@@ -16,14 +17,14 @@ BORDERS = "test_regressions.py -k labels_and_positions"
 EXCHANGE = [
     Mutation(
         "keys are used before they have arrived",
-        "cp/attention.py",
-        "arriving.pop(step.source).wait()",
-        "arriving.pop(step.source)",
+        "cp/ring.py",
+        "arriving.pop(source).wait()",
+        "arriving.pop(source)",
         RING,
     ),
     Mutation(
         "gradients are taken before they have arrived home",
-        "cp/attention.py",
+        "cp/ring.py",
         "            pending.wait()\n            parts.append(received)\n",
         "            parts.append(received)\n",
         RING,
@@ -37,35 +38,35 @@ EXCHANGE = [
     ),
     Mutation(
         "stale buffer: this rank's own keys are sent on in every step",
-        "cp/attention.py",
-        'ring.send(link, transfer, held[transfer.sends], shape, "keys")',
-        'ring.send(link, transfer, own, shape, "keys")',
+        "cp/ring.py",
+        'transfer, held[transfer.sends], "keys")',
+        'transfer, own, "keys")',
         RING,
     ),
     Mutation(
         "stale buffer: every step computes with this rank's own keys",
-        "cp/attention.py",
-        "yield step, held[step.source]",
-        "yield step, own",
+        "cp/ring.py",
+        "parts = [held.pop(source) for source in step.sources]",
+        "parts = [(held.pop(source), own)[1] for source in step.sources]",
         RING,
     ),
     Mutation(
         "one buffer sends and receives",
-        "cp/attention.py",
-        "receive = torch.empty(shape, dtype=x.dtype, device=x.device)",
-        "receive = x.view(shape)",
+        "cp/ring.py",
+        "received = torch.empty_like(x)",
+        "received = x",
         GLOO,
     ),
     Mutation(
         "keys and values are swapped",
-        "cp/attention.py",
-        "yield step, held[step.source]",
-        "yield step, held[step.source].flip(0)",
+        "cp/ring.py",
+        "parts = [held.pop(source) for source in step.sources]",
+        "parts = [held.pop(source).flip(0) for source in step.sources]",
         RING,
     ),
     Mutation(
         "the gradients that arrive are not added",
-        "cp/attention.py",
+        "cp/ring.py",
         "            total += other\n",
         "            total += 0 * other\n",
         RING,
@@ -73,8 +74,8 @@ EXCHANGE = [
     Mutation(
         "dK and dV of one rank are lost",
         "cp/attention.py",
-        "step.source, dq, *gradient, scale",
-        "step.source, dq, *(gradient if step.source else gradient.clone()), scale",
+        "bound, step, dq, *gradient, scale",
+        "bound, step, dq, *(gradient if step else gradient.clone()), scale",
         RING,
     ),
     Mutation(
@@ -82,7 +83,7 @@ EXCHANGE = [
         "cp/attention.py",
         "ctx.save_for_backward(q, k, v, out, lse, *lists)",
         "local = carried(q)\n"
-        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale, fresh=True)\n"
+        "        ring.steps.forward_step(q, k, v, ctx.bound.join(lists), 0, *local, scale, fresh=True)\n"
         "        ctx.save_for_backward(q, k, v, out, local[1], *lists)",
         RING,
     ),
@@ -91,30 +92,51 @@ EXCHANGE = [
         "cp/attention.py",
         "ctx.save_for_backward(q, k, v, out, lse, *lists)",
         "local = carried(q)\n"
-        "        ring.steps.forward_step(q, k, v, bound, ring.transport.rank, *local, scale, fresh=True)\n"
+        "        ring.steps.forward_step(q, k, v, ctx.bound.join(lists), 0, *local, scale, fresh=True)\n"
         "        ctx.save_for_backward(q, k, v, local[0], lse, *lists)",
         RING,
     ),
     Mutation(
         "the gradients of columns are not summed over ranks",
         "cp/attention.py",
-        '        ring.all_reduce("backward", dcolumns).wait()\n',
-        "",
+        'summed = ring.all_reduce("backward", dcolumns)',
+        'summed = ring.all_reduce("backward", dcolumns.clone())',
         RING,
     ),
     Mutation(
         "travelling gradients are cast too early",
         "cp/attention.py",
-        "gradient = torch.zeros(shape, dtype=dtype, device=k.device)",
-        "gradient = torch.zeros(shape, dtype=k.dtype, device=k.device)",
+        "gradient = accumulators(keys)",
+        "gradient = torch.zeros_like(keys)",
         PRECISION,
     ),
     Mutation(
         "the carried output is rounded after every step",
         "cp/attention.py",
-        "bound, step.source, out, lse, scale, fresh=i == 0)\n",
-        "bound, step.source, out, lse, scale, fresh=i == 0)\n            out.copy_(out.to(q.dtype))\n",
+        "bound, step, out, lse, scale, fresh=step == 0)\n",
+        "bound, step, out, lse, scale, fresh=step == 0)\n        out.copy_(out.to(q.dtype))\n",
         PRECISION,
+    ),
+    Mutation(
+        "pull: a block that only one key head needs is left out",
+        "cp/pull.py",
+        "unions = mine.any(1).any(0)",
+        "unions = mine.all(1).any(0)",
+        PULL,
+    ),
+    Mutation(
+        "pull: gradients of one rank are not added",
+        "cp/pull.py",
+        "index_add_(0, places, share)",
+        "index_add_(0, places, share * bool(self.arriving.index((rows, received, pending))))",
+        PULL,
+    ),
+    Mutation(
+        "pull: values are sent as keys",
+        "cp/pull.py",
+        "both = mask[:, None].expand(-1, 2, -1, -1, -1)",
+        "both = mask[:, None] & torch.tensor([True, False]).view(1, 2, 1, 1, 1)",
+        PULL,
     ),
     Mutation(
         "peers are places in the group, not global ranks",
@@ -421,11 +443,25 @@ KNOWING = [
         "test_ring.py -k density",
     ),
     Mutation(
-        "the report gives work to the wrong ring step",
+        "the report gives work to the wrong layer",
+        "cp/report.py",
+        "zip(layers, work.swapaxes(0, 1), strict=True)",
+        "zip(layers, work.swapaxes(0, 1)[::-1], strict=True)",
+        "test_step_report.py -k imbalances",
+    ),
+    Mutation(
+        "blocks that are held here count as needed of others",
         "cp/record.py",
-        "work.gather(1, torch.tensor(sources))",
-        "work.gather(1, torch.tensor(sources).flip(1))",
-        AUTO,
+        "needed.sum() - needed[:, :, plan.geometry.block_ids].sum()",
+        "needed.sum()",
+        "test_step_report.py -k least",
+    ),
+    Mutation(
+        "least bytes of gradients are those of the keys' dtype",
+        "cp/record.py",
+        "block * accumulator_dtype(k).itemsize",
+        "block * k.itemsize",
+        "test_step_report.py -k least",
     ),
     Mutation(
         "the planner's statistics differ by rank",
@@ -444,8 +480,8 @@ KNOWING = [
     Mutation(
         "a resumed planner forgets the steps in flight",
         "cp/context_parallel.py",
-        "known = [self._statistics, *self._pending]",
-        "known = [self._statistics]",
+        "known = [(self._statistics, self._movable), *self._pending]",
+        "known = [(self._statistics, self._movable)]",
         AUTO,
     ),
 ]

@@ -117,22 +117,22 @@ PLAN = [
     Mutation(
         "positions of keys are one too high",
         "kernels/bound.py",
-        "key_base=(ids * size).int(),",
-        "key_base=(ids * size + 1).int(),",
+        "(slots.clamp(min=0) * geometry.block_size).int()",
+        "(slots.clamp(min=0) * geometry.block_size + 1).int()",
         ROWS,
     ),
     Mutation(
         "the first visible column of a row is lost",
         "kernels/bound.py",
-        "begin = torch.searchsorted(columns, low, out_int32=True)",
-        "begin = torch.searchsorted(columns, low, right=True, out_int32=True)",
+        "columns_before(*columns, low)",
+        "columns_before(*columns, low, right=True)",
         ATTEND,
     ),
     Mutation(
         "the last visible column of a row is lost",
         "kernels/bound.py",
-        "end = torch.searchsorted(columns, high, right=True, out_int32=True)",
-        "end = torch.searchsorted(columns, high, out_int32=True)",
+        "columns_before(*columns, high, right=True)",
+        "columns_before(*columns, high)",
         "test_attend.py -k columns_are_seen",
     ),
     Mutation(

@@ -104,6 +104,12 @@ class Layer:
         return out, *torch.autograd.grad(out, self.leaves, self.dout)
 
 
+def steady(options, cp: ContextParallel) -> Layer:
+    """The layer in the second step: in the first, ranks also prove that they agree, and wait for that."""
+    Layer(options, cp, options.tokens, options.dtype).run()
+    return Layer(options, cp, options.tokens, options.dtype)
+
+
 def check(options, name: str, exchange: str, layout: str) -> None:
     """A short sequence on all ranks against one in fp32; raises if they differ."""
     tokens = 4096 if options.device.type == "cuda" else options.tokens
@@ -152,9 +158,7 @@ def alone_ms(options, pattern) -> float:
     """Milliseconds for the whole sequence on rank 0 alone, while the others wait."""
     ms = torch.zeros(1, device=options.device)
     if dist.get_rank() == 0:
-        layer = Layer(
-            options, connect(options, pattern, "ring", "contiguous", True), options.tokens, options.dtype
-        )
+        layer = steady(options, connect(options, pattern, "ring", "contiguous", True))
         times = []
         for _ in range(options.repeats + 1):
             synchronize(options)
@@ -199,7 +203,7 @@ def measure(options, name: str, exchange: str, layout: str, one: float) -> dict:
     """A row of the table."""
     pattern = pattern_of(name, options.heads[0], options.tokens)
     cp = connect(options, pattern, exchange, layout)
-    layer = Layer(options, cp, options.tokens, options.dtype)
+    layer = steady(options, cp)
     layer.run()
     report = cp.report(layer.shard)
     ms = slowest(options, layer.run)

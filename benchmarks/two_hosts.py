@@ -207,10 +207,8 @@ def run(options, links: str) -> list[dict]:
             ratio, bound = found[layout, "ring"][column] / times[column], shards[0] / shards[1]
             rows.append(dict(links=links, layout=layout, exchange=exchange, what=what, seconds=times[column],
                              ratio=ratio, bound=bound))  # fmt: skip
-            print(
-                f"{links:7} {layout:11} {exchange:13} {what:21} {times[column]:8.2f} {ratio:7.2f} {bound:7.2f}",
-                flush=True,
-            )
+            name = f"{links:7} {layout:11} {exchange:13} {what:21}"
+            print(f"{name} {times[column]:8.2f} {ratio:7.2f} {bound:7.2f}", flush=True)
     return rows
 
 

@@ -5,7 +5,7 @@ from sparring.cp import ContextParallel
 
 from .context_parallel import ContextParallel
 from .errors import RingDesyncError, RingTimeoutError
-from .record import Report
+from .report import Report
 from .shard import Shard
 from .threads import run as run_threads
 

@@ -81,8 +81,9 @@ def backward(q, k, v, out, lse, dout, dlse, bound: BoundPlan, ring: Ring, scale:
     dk, dv = gradients.total()
     if columns is not None:
         summed.wait()
-        scatter_columns(dcolumns[0], bound.plan, dk)
-        scatter_columns(dcolumns[1], bound.plan, dv)
+        own = _own_blocks(k, bound)
+        scatter_columns(dcolumns[0], bound.plan, dk, own)
+        scatter_columns(dcolumns[1], bound.plan, dv, own)
     return dq, dk, dv
 
 
@@ -90,8 +91,14 @@ def _start_columns(k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, phase: st
     """Every rank contributes the columns that it holds; the sum with zeros is exact."""
     if bound.columns is None:
         return None
-    columns = torch.stack((gather_columns(k, bound.plan), gather_columns(v, bound.plan)))
+    own = _own_blocks(k, bound)
+    columns = torch.stack([gather_columns(x, bound.plan, own) for x in (k, v)])
     return columns, ring.all_reduce(phase, columns)
+
+
+def _own_blocks(k: Tensor, bound: BoundPlan) -> Tensor:
+    """int64: logical blocks of k, which is the first source; queries may be of other blocks."""
+    return bound.key_base[: k.shape[2] // bound.block_size].long() // bound.block_size
 
 
 def _arrived(columns) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..balance import (
+    H200,
     Decision,
     Layout,
     PlannerState,
@@ -49,10 +50,14 @@ from .isolated import isolated
 from .link import Link
 from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
 from .mesh import connect
-from .record import Record, Report
+from .move import MOVABLE, movable_layers
+from .record import Record
+from .report import Report, combine
 from .shard import Shard, full_plans
 from .transport import Alone, Distributed, Transport, agree
 from .verify import Verification, verify_model
+
+Known = tuple[Statistics | None, list[str]]  # of a step: for the planner, and where queries may move
 
 
 class ContextParallel:
@@ -118,9 +123,11 @@ class ContextParallel:
         self.model: nn.Module | None = None
         self._step = self._sharded = 0  # steps of the run, and those seen by this object
         self._planner = PlannerState()
+        self.machine = H200  # what moving query blocks is weighed by
         self._statistics: Statistics | None = None
+        self._movable: list[str] = []  # layers where moving query blocks could have paid
         self._pending: deque = deque()  # records of steps whose statistics have not been used yet
-        self._last: tuple | None = None  # record, transport and layout of the last shard
+        self._last: tuple | None = None  # record, transport and decision of the last shard
         self._replay: dict[Hashable, Plan] | None = None
         self._agreed: dict = {}  # kinds of calls, and the step in which all ranks compared theirs
         if self.everyone.rank == 0:
@@ -199,6 +206,7 @@ class ContextParallel:
             length=length,
             labels=None if labels is None else _take(labels, geometry, IGNORE),
             tokens=0,
+            movable=self._movable if self._may_move(transport) else None,
             replayed=self._replay,
             sample_recall=bool(self.recall_every) and self._step % self.recall_every == 0,
             count_keys=self._sharded < self.count_keys,
@@ -210,7 +218,7 @@ class ContextParallel:
             self._check_agreement(shard, batch)
             self._check_parameters()
             self._pending.append(shard.record)
-            self._last = (shard.record, transport, shard.layout)
+            self._last = (shard.record, transport, shard.decision)
             self._step, self._sharded = self._step + 1, self._sharded + 1
         shard.tokens = self._count_labels(shard)
         shard.prepare()
@@ -238,13 +246,20 @@ class ContextParallel:
     def _collect_statistics(self) -> None:
         """Reduces the plans of all but the last step: at step n the planner knows those of step n - 2."""
         while len(self._pending) > 1:
-            self._statistics = self._reduced(self._pending.popleft()) or self._statistics
+            known = self._reduced(self._pending.popleft())
+            if known[0] is not None:
+                self._statistics, self._movable = known
 
-    def _reduced(self, step: Record | Statistics | None) -> Statistics | None:
+    def _reduced(self, step: Record | Known) -> Known:
         if not isinstance(step, Record):
             return step
         check_keys(step.keys, self.transport)
-        return step.statistics(self.transport, self.block_size)
+        statistics = step.statistics(self.transport, self.block_size)
+        return statistics, movable_layers(step.loads, self.transport)
+
+    def _may_move(self, transport) -> bool:
+        """Whether query blocks may move inside layers: only where the planner chooses who holds what."""
+        return self.layout == "auto" and self.exchange in MOVABLE and transport.size > 1
 
     def _tensors(self, batch, positions: Tensor, geometry: Geometry) -> dict[str, Tensor]:
         given = {name: batch[name] for name in ("input_ids", "inputs_embeds") if name in batch}
@@ -418,12 +433,13 @@ class ContextParallel:
     # -- knowing ----------------------------------------------------------------------------------
 
     def report(self, shard: Shard | None = None) -> Report:
-        """Density, recall, imbalance, bytes of a shard (the last one) over the group. All ranks call it."""
+        """What was done with a shard (the last one) over the group, and predicted. All ranks call it."""
         if shard is None and self._last is None:
             raise ValueError("nothing to report yet; call shard and run the model first")
-        of = self._last if shard is None else (shard.record, shard.transport, shard.layout)
-        check_keys(of[0].keys, of[1])
-        return of[0].report(of[1], of[2], self.exchange)
+        of = self._last if shard is None else (shard.record, shard.transport, shard.decision)
+        record, transport, decision = of
+        check_keys(record.keys, transport)
+        return combine(record, transport, decision, self.exchange)
 
     def plans(self, shard: Shard) -> dict[Hashable, Plan]:
         """Plans of the whole sequence by layer, for `replay`. All ranks call it."""
@@ -445,16 +461,18 @@ class ContextParallel:
     def state_dict(self) -> dict[str, Any]:
         """The planner's memory, plain numbers and lists. All ranks call it, between steps."""
         self._pending = deque(map(self._reduced, self._pending))
-        known = [self._statistics, *self._pending]
-        vectors = [None if each is None else each.to_vector().tolist() for each in known]
-        return {"step": self._step, "planner": self._planner.to_dict(), "statistics": vectors}
+        known = [(self._statistics, self._movable), *self._pending]
+        vectors = [None if each is None else each.to_vector().tolist() for each, _ in known]
+        state = {"step": self._step, "planner": self._planner.to_dict(), "statistics": vectors}
+        return state | {"movable": [layers for _, layers in known]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self._step = state["step"]
         self._planner = PlannerState.from_dict(state["planner"])
         known = [v if v is None else Statistics.from_vector(np.array(v)) for v in state["statistics"]]
-        self._statistics, self._pending = known[0], deque(known[1:])
+        (self._statistics, self._movable), *pending = zip(known, state["movable"], strict=True)
+        self._pending = deque(pending)
 
 
 def _take(x: Tensor, geometry: Geometry, fill: int) -> Tensor:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class Place:
     """Where in a step ranks talk; the same on all of them.
 
-    phase: "plan" (the pattern's estimate), "forward", "backward", "recall", "loss". hop: from 1, of `hops`.
+    phase: "plan" (the pattern's estimate), "move" (of query blocks), "forward", "backward", "recall", "loss".
+    hop: from 1, of `hops`.
     """
 
     step: int | None = None

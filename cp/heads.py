@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..balance.schedule import HEADS, HEADS_RING, Schedule, schedule_of
 from ..kernels.bound import BoundPlan
+from ..kernels.columns import column_counts
 from ..kernels.geometry import Geometry
 from ..kernels.plan import Plan
 from .attention import backward, forward, ring_attention
 from .isolated import isolated
 from .link import Link
+from .move import MovedRing, moved_attention
 from .part import part_of
 from .ring import Ring
 from .swap import Swap, shares_of
@@ -72,8 +74,8 @@ class HeadShares:
         plan, share = bound.plan, heads // len(self.inside)
         columns = bound.work.new_zeros(1)
         if plan.columns is not None:
-            outside = plan.column_elements() > 0
-            columns += outside.sum().double() * (share // outside.shape[1]) / (bound.block_size * heads)
+            used = column_counts(bound)[1]
+            columns += used.sum().double() * (share // used.shape[1]) / (bound.block_size * heads)
         return torch.cat((bound.work.sum(0) * (share / heads), columns))
 
     def swap(self, link: Link, sent: Counter) -> Swap:
@@ -126,9 +128,14 @@ class HeadRing(Ring):
 def sharded_attention(
     q: Tensor, k: Tensor, v: Tensor, bound: BoundPlan, ring: Ring, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `ring_attention`; by heads if the ring is a HeadRing, which then has a bound plan of its own."""
+    """As `ring_attention`; by heads in a HeadRing, with queries of other ranks in a MovedRing.
+
+    Both have a bound plan of their own.
+    """
     if isinstance(ring, HeadRing):
         return _HeadAttention.apply(q, k, v, ring, scale)
+    if isinstance(ring, MovedRing):
+        return moved_attention(q, k, v, ring, scale)
     return ring_attention(q, k, v, bound, ring, scale)
 
 

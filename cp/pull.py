@@ -134,7 +134,7 @@ def exchange_needs(
     bits = pack_bits(mine)
     table = unpack_bits(transport.all_gather(bits), held.shape[1])  # [W, *mine.shape], of all ranks
     unions = mine.any(1).any(0) & members[:, :, None]  # [steps, W, n], for any head
-    counts = _to_host(torch.cat((table.sum((1, 2, 4)).flatten(), unions.sum((1, 2)))))
+    counts = to_host(torch.cat((table.sum((1, 2, 4)).flatten(), unions.sum((1, 2))))).tolist()
     between = [counts[needing * world : (needing + 1) * world] for needing in range(world)]
     widths = tuple(max(1, n) for n in counts[world * world :])
 
@@ -222,7 +222,7 @@ def _rows(x: Tensor, size: int) -> Tensor:
     return x.view(-1, size * x.shape[4])
 
 
-def _to_host(x: Tensor) -> list[int]:
+def to_host(x: Tensor) -> Tensor:
     """Waits for nothing but x itself."""
     if x.is_cuda:
         pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -231,4 +231,4 @@ def _to_host(x: Tensor) -> list[int]:
         event.record()
         event.synchronize()
         x = pinned
-    return x.tolist()
+    return x

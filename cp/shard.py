@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..balance import Decision, Layout
-from ..kernels.bound import BoundPlan, bind, prepare
+from ..balance.lever import move_cost
+from ..kernels.bound import BoundPlan, bind, bind_to_slots, prepare, slots_of
 from ..kernels.geometry import Geometry
 from ..kernels.patterns.base import make_plan
 from ..kernels.plan import Plan
@@ -18,6 +19,7 @@ from .errors import Place
 from .estimate import combine_over
 from .heads import HeadRing, HeadShares, share_heads
 from .link import Link, Waits
+from .move import Moved, MovedRing, move_queries
 from .pull import Needs, Pull, exchange_needs, prepare_needs
 from .record import Record
 from .ring import Ring, step_blocks
@@ -38,6 +40,7 @@ class Shard:
     last_position: int64 [], the largest position id of the whole batch.
     length: tokens a row before padding. layout, decision: who holds what, and why.
     plans: logical plans by layer, made in the first forward and used by recomputation and backward.
+    movable: layers, by repr, where query blocks may move, expected to be unequal; None if nowhere.
 
     Not a dataclass: FSDP and DDP take those among a model's arguments apart and build them anew.
     """
@@ -54,6 +57,7 @@ class Shard:
         length: int,
         labels: Tensor | None,
         tokens: int,
+        movable: Collection[str] | None = None,
         replayed: dict[Hashable, Plan] | None = None,
         sample_recall: bool = False,
         count_keys: bool = False,
@@ -62,6 +66,7 @@ class Shard:
         self.layout, self.decision = layout, decision
         self.geometry, self.length = geometry, length
         self.labels, self.tokens = labels, tokens
+        self.movable, self.moved = movable, dict[Hashable, Moved]()
         self.replayed, self.sample_recall, self.count_keys = replayed, sample_recall, count_keys
         self.tensors: dict[str, Tensor] = {}
         self.last_position: Tensor | None = None
@@ -124,8 +129,23 @@ class Shard:
             self.record.bytes["needs"] += self.needs[layer].header
         bound = self.needs[layer].bind(plan) if self.pulls else bind(plan, self.step_blocks)
         if new:
-            self.record.add(layer, bound, q.shape[1])
+            work = self.record.add(layer, bound, q.shape[1], k)
+            if self.movable is not None:
+                self._move(layer, work, q)
         return bound
+
+    def _move(self, layer: Hashable, work: Tensor, q: Tensor) -> None:
+        """Moves query blocks of a layer with a new plan, if that pays."""
+        held, nodes = max(self.layout.blocks_per_rank), self.transport.nodes
+        shape = (self.layout.block_size, *q.shape[:2], q.shape[3], q.itemsize)
+        cost = move_cost(self.cp.machine, nodes, held, *shape)
+        self.record.loads[layer] = cost, work.sum()
+        if repr(layer) in self.movable:
+            plan, link = self.plans[layer], self.link("move", layer)
+            moved = move_queries(plan, work, self.layout, cost, link, self.record.bytes)
+            if moved is not None:
+                self.moved[layer] = moved
+                self.record.moved[layer] = moved.blocks, moved.imbalance
 
     def ring(self, layer: Hashable, steps, first: bool = False) -> Ring:
         """The surroundings of one attention call. first: ranks agree at the beginning of its backward."""
@@ -135,6 +155,11 @@ class Shard:
             return Pull(*parts, self.record.bytes, needs=self.needs[layer])
         if self.heads is not None:
             return self._head_ring(layer, link, steps)
+        if layer in self.moved:
+            moved = self.moved[layer]
+            bound = bind_to_slots(moved.plan, slots_of(self.geometry, self.step_blocks))
+            self.record.work[layer] = moved.work(bound)
+            return MovedRing(*parts, self.record.bytes, move=moved.move, bound=bound)
         return Ring(*parts, self.record.bytes)
 
     def _head_ring(self, layer: Hashable, link: Link, steps) -> HeadRing:

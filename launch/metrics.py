@@ -109,6 +109,7 @@ def print_table(title: str, values: dict[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in values.items():
-        text = f"{value:,.4f}" if isinstance(value, float) else str(value)
+        digits = 4 if isinstance(value, float) and abs(value) < 1000 else 0
+        text = f"{value:,.{digits}f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), text)
     Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""report.png: loss, density and recall per layer, and who works when under each layout."""
+"""report.png: loss, density and recall per layer, imbalance and traffic, who holds what and works when."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..balance import step_imbalance, worker_imbalance
 from .metrics import read_metrics
+from .pictures import BLUE, GRID, INK, MUTED, ORANGE, draw_layouts
 
-INK, MUTED, GRID = "#22252b", "#737985", "#e3e6eb"
 CURVES = {
-    "train": (None, "#1f6feb", 2.2),
+    "train": (None, BLUE, 2.2),
     "dense": ("dense", INK, 1.4),
-    "local": ("one-block window", "#e8590c", 1.4),
+    "local": ("one-block window", ORANGE, 1.4),
 }
 
 
 def write_report(run_dir: str | Path) -> Path:
     """Draw `report.png` from the `metrics.jsonl` and `summary.json` of `run_dir`; returns its path.
 
-    Rows used: "train", "dense", "local" (loss), "layers" (density, recall: a number for each layer)
-    and "work" (layout, chosen, work: [[rank x ring step]], where one step more than there are ranks is
-    that of the columns), of which those of the last step count.
+    Rows used: "train" (loss, imbalances, bytes, waiting), "dense", "local" (loss), "layers" (density, recall,
+    imbalances: a number for each layer) and "work" (see `work_by_layout`), of which those of the last step
+    count.
     """
     run_dir = Path(run_dir)
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -44,14 +43,20 @@ def write_report(run_dir: str | Path) -> Path:
     work = [row for row in rows.get("work", []) if row["step"] == rows["work"][-1]["step"]]
     layers, steps = rows.get("layers", []), rows["train"][-1]["step"] + 1
     with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=(13, 8 if work else 4.4), layout="constrained")
-        top, *below = figure.subfigures(2, 1, height_ratios=(1.15, 1)) if work else (figure,)
+        heights = (4.4, 3.3, 8) if work else (4.4, 3.3)  # inches
+        figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+        top, middle, *below = figure.subfigures(len(heights), 1, height_ratios=heights)
         loss, density, recall = top.subplots(1, 3, width_ratios=(1.5, 1, 1))
         _draw_loss(loss, rows, summary.get("pattern", "sparse"))
         _draw_layers(density, layers, "density", steps)
         _draw_layers(recall, layers, "recall", steps)
+        worker, step, traffic, exposed = middle.subplots(1, 4)
+        _draw_imbalance(worker, rows, "worker_imbalance")
+        _draw_imbalance(step, rows, "step_imbalance")
+        _draw_traffic(traffic, rows["train"])
+        _draw_exposed(exposed, rows["train"])
         if work:
-            _draw_work(below[0], work)
+            draw_layouts(below[0], work)
         figure.suptitle(_title(summary), color=MUTED, fontsize=10, x=0.012, ha="left")
         figure.savefig(run_dir / "report.png", dpi=130)
     return run_dir / "report.png"
@@ -121,36 +126,47 @@ def _draw_layers(axes: Axes, rows: list[dict[str, Any]], name: str, steps: int) 
     axes.legend([handles[i] for i in shown], [labels[i] for i in shown])
 
 
-def _draw_work(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """One heat map per layout, all on one scale: ranks down, ring steps across."""
-    figure.suptitle("work per rank and ring step", x=0.012, ha="left", weight="bold", fontsize=10)
-    grid = figure.subplots(1, len(rows), squeeze=False)[0]
-    top = max(np.max(row["work"]) for row in rows) or 1.0
-    for axes, row in zip(grid, rows, strict=True):
-        work = np.asarray(row["work"], dtype=float)
-        image = axes.imshow(work, cmap="YlGnBu", vmin=0, vmax=top)
-        axes.grid(False)
-        ranks, steps = work.shape
-        axes.set(xticks=_ticks(min(ranks, steps)), yticks=_ticks(ranks), xlabel="ring step")
-        if steps > ranks:  # the columns, computed after the ring
-            axes.set_xticks([*axes.get_xticks(), ranks], [*map(int, axes.get_xticks()), "col"])
-            axes.axvline(ranks - 0.5, color="white", linewidth=2)
-        worker, step = worker_imbalance(work), step_imbalance(work)
-        color = "#1f6feb" if row["chosen"] else INK
-        name = f"{row['layout']} (chosen)" if row["chosen"] else row["layout"]
-        axes.set_title(f"{name}\nworker {worker:.3f}   step {step:.3f}", color=color)
-        for spine in axes.spines.values():
-            spine.set(visible=row["chosen"], color=color, linewidth=2)
-        if work.size <= 16:
-            for (rank, at), value in np.ndenumerate(work):
-                ink = "white" if value > 0.6 * top else INK
-                axes.text(at, rank, f"{value:,.0f}", ha="center", va="center", color=ink)
-    grid[0].set_ylabel("rank")
-    figure.colorbar(image, ax=grid, shrink=0.8, label="tiles", pad=0.01)
+def _draw_imbalance(axes: Axes, rows: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Of the step as a whole, as it was predicted, and the range of its layers."""
+    train, layers = rows["train"], [row for row in rows.get("layers", []) if row.get(name)]
+    if layers:
+        values = np.array([row[name] for row in layers], dtype=float)
+        at = [row["step"] + 1 for row in layers]
+        axes.fill_between(at, values.min(1), values.max(1), color=GRID, label="layers")
+    _plot(axes, train, name, "all layers", color=BLUE, linewidth=1.8)
+    _plot(axes, train, f"predicted_{name}", "predicted", color=ORANGE, linewidth=1.2, linestyle="--")
+    axes.set(title=name.replace("_", " "), xlabel="step", ylabel="max / mean")
+    axes.set_ylim(bottom=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(axes)
 
 
-def _ticks(count: int) -> list[int]:
-    return list(range(0, count, max(1, count // 8)))
+def _draw_traffic(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    _plot(axes, rows, "bytes", "moved", 2**-20, color=BLUE, linewidth=1.8)
+    _plot(axes, rows, "least_bytes", "least for the tiles", 2**-20, color=ORANGE, linewidth=1.2)
+    axes.set(title="bytes moved", xlabel="step", ylabel="MiB, all ranks")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(axes)
+
+
+def _draw_exposed(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    _plot(axes, rows, "exposed", "", 100, color=BLUE, linewidth=1.8)
+    axes.set(title="waiting for other ranks", xlabel="step", ylabel="% of the step")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8, handlelength=1.4)
+
+
+def _plot(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, scale: float = 1, **style) -> None:
+    """One value of the steps that have it."""
+    rows = [row for row in rows if row.get(name) is not None]
+    marker = "o" if len(rows) < 20 else None
+    values = [row[name] * scale for row in rows]
+    axes.plot([row["step"] + 1 for row in rows], values, label=label, marker=marker, markersize=3, **style)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..balance import candidates, step_of_source, work_matrices
+from ..balance import candidates, step_imbalance, step_of_source, work_matrices, worker_imbalance
 from ..balance.schedule import HEADS, HEADS_RING
 from ..cp import ContextParallel, Report, Shard
 from .config import TrainConfig
@@ -16,16 +16,29 @@ from .metrics import read_metrics
 
 
 def step_statistics(report: Report) -> dict[str, Any]:
-    """What `cp.report()` says of a step as a whole; bytes are those of all ranks and layers."""
-    names = "density recall worker_imbalance step_imbalance layout".split()
+    """What `cp.report()` says of a step as a whole; bytes are those of all ranks and layers.
+
+    predicted_*: as the planner expected them when it chose the layout, None where it did not choose.
+    least_bytes: what the plans make necessary, of keys and their gradients. exposed: share of the step spent
+    waiting for other ranks.
+    """
+    names = "density recall worker_imbalance step_imbalance layout exposed".split()
     values = {name: getattr(report, name) for name in names}
-    return values | {"bytes": sum(report.bytes_moved.values())}
+    work = report.predicted
+    values["predicted_worker_imbalance"] = None if work is None else worker_imbalance(work)
+    values["predicted_step_imbalance"] = None if work is None else step_imbalance(work)
+    values["bytes"] = sum(report.bytes_moved.values())
+    return values | {"least_bytes": sum(report.bytes_least.values())}
 
 
 def layer_statistics(report: Report) -> dict[str, list[float]]:
-    """Density of each layer, and recall where this step sampled it."""
+    """Density and imbalances of each layer, and recall where this step sampled it."""
     density, recall = report.density_by_layer, report.recall_by_layer
-    rows = {"density": list(density.values())}
+    rows = {
+        "density": list(density.values()),
+        "worker_imbalance": list(report.worker_imbalance_by_layer.values()),
+        "step_imbalance": list(report.step_imbalance_by_layer.values()),
+    }
     return rows | ({"recall": [recall[layer] for layer in density]} if recall else {})
 
 
@@ -33,11 +46,10 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
     """The work that the plans of `shard` give every rank in every step, under each layout.
 
     Layouts are those that the planner weighed for this step, or would have, and the one in use; that one
-    alone where ranks share heads, whose work it does not change. All ranks call it. Work is in tiles, mean
-    over heads, summed over layers; columns come last.
+    alone where ranks share heads, whose work it does not change. The row of the one in use also says which
+    rank holds each block, and how much work its queries are. All ranks call it. Work is in tiles, mean over
+    heads, summed over layers; columns come last.
     """
-    if cp.exchange in (HEADS, HEADS_RING):
-        return [{"layout": shard.layout.name, "chosen": True, "work": cp.report(shard).work.tolist()}]
     world, blocks, size = shard.transport.size, shard.geometry.num_blocks, shard.layout.block_size
     tiles, columns = np.zeros((blocks, blocks)), np.zeros(blocks)
     for plan in cp.plans(shard).values():
@@ -45,14 +57,23 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
         if plan.columns is not None:
             computed = (plan.column_elements() > 0).sum(3).double().mean(1).sum(0)
             columns += computed.cpu().numpy() / size
+    chosen = {
+        "layout": shard.layout.name,
+        "chosen": True,
+        "rank_of_block": shard.layout.source_of_block.tolist(),
+        "work_of_block": (tiles.sum(1) + columns).tolist(),
+    }
+    if cp.exchange in (HEADS, HEADS_RING):
+        return [chosen | {"work": cp.report(shard).work.tolist()}]
     steps = step_of_source(cp.exchange, world, shard.transport.nodes)
     table = shard.decision.table or candidates(blocks, world, size, tiles, columns, steps)
-    layouts = [candidate.layout for candidate in table if candidate.layout.name != shard.layout.name]
-    layouts.append(shard.layout)
-    return [
-        {"layout": layout.name, "chosen": layout is shard.layout, "work": work.tolist()}
-        for layout, work in zip(layouts, work_matrices(layouts, tiles, columns, steps), strict=True)
+    others = [each.layout for each in table if each.layout.name != shard.layout.name]
+    works = [work.tolist() for work in work_matrices([*others, shard.layout], tiles, columns, steps)]
+    rows = [
+        {"layout": layout.name, "chosen": False, "work": work}
+        for layout, work in zip(others, works[:-1], strict=True)
     ]
+    return [*rows, chosen | {"work": works[-1]}]
 
 
 def summarize(
@@ -84,10 +105,15 @@ def summarize(
         "recall": _mean(rows, "recall"),
         "worker_imbalance": _mean(rows, "worker_imbalance"),
         "step_imbalance": _mean(rows, "step_imbalance"),
+        "predicted_worker_imbalance": _mean(rows, "predicted_worker_imbalance"),
+        "predicted_step_imbalance": _mean(rows, "predicted_step_imbalance"),
+        "bytes": _mean(rows, "bytes"),
+        "least_bytes": _mean(rows, "least_bytes"),
+        "exposed": _mean(rows, "exposed"),
         "tokens_per_second": median(row["tokens_per_second"] for row in rows),
     }
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
+    values = [row[name] for row in rows if row.get(name) is not None]
     return fmean(values) if values else None

@@ -13,7 +13,7 @@ from sparring.balance import EXCHANGES, Layout, contiguous, from_assignment, str
 from sparring.cp import ContextParallel, run_threads
 from sparring.cp.attention import ring_attention
 from sparring.cp.pull import Pull, exchange_needs
-from sparring.cp.record import Report
+from sparring.cp.report import Report
 from sparring.cp.ring import Ring, step_blocks
 from sparring.cp.transport import Transport
 from sparring.kernels import Plan, bind, reference

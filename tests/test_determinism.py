@@ -109,7 +109,7 @@ def test_given_plans(mask, exchange, dtype):
 
 def timeless(shares: Shares) -> Shares:
     """Without what a report says of seconds."""
-    return replace(shares, report=replace(shares.report, waited=(), straggler=None))
+    return replace(shares, report=replace(shares.report, waited=(), elapsed=0.0, straggler=None))
 
 
 def inputs(name, dtype=torch.float32):

@@ -30,7 +30,7 @@ from sparring.cp.attention import ring_attention
 from sparring.cp.errors import Place
 from sparring.cp.link import Link
 from sparring.cp.mesh import connect
-from sparring.cp.record import find_straggler
+from sparring.cp.report import find_straggler
 from sparring.kernels.attention import steps
 from sparring.launch.config import TrainConfig
 from sparring.launch.world import join_world

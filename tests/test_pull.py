@@ -7,6 +7,7 @@ from collections import Counter
 import oracle
 import pytest
 import torch
+from needs import remote_blocks
 from rings import LAYOUTS, Counting, on_ring
 from zoo import SIZE, ZOO
 
@@ -32,21 +33,6 @@ def moved(plan, layout):
     return sum((each.bytes for each in watched), Counter()), sum((x.messages for x in watched), Counter())
 
 
-def least_blocks(plan, layout):
-    """Blocks of key heads that live on another rank than a query block whose tiles touch them."""
-    needed = set()
-    for b, head, query, key in plan.tiles_bool().nonzero().tolist():
-        width = HEADS[0] // plan.mask_heads  # query heads of a mask
-        for kv in {h * HEADS[1] // HEADS[0] for h in range(head * width, (head + 1) * width)}:
-            ranks = [
-                int(layout.source_of_block[plan.geometry.blocks[query]]),
-                int(layout.source_of_block[key]),
-            ]
-            if ranks[0] != ranks[1]:
-                needed.add((ranks[0], b, kv, key))
-    return len(needed)
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "striped", "uneven"])
 @pytest.mark.parametrize("mask", ["causal_window", "top_k", "key_head_top_k", "top_p", "empty_rows"])
 def test_bytes_are_the_lower_bound_of_the_plan(mask, layout):
@@ -55,7 +41,7 @@ def test_bytes_are_the_lower_bound_of_the_plan(mask, layout):
     blocks = plan.geometry.num_blocks
     held = UNEVEN if layout == "uneven" else LAYOUTS[layout](blocks, 4, SIZE)
     block = 2 * SIZE * DIM * 4  # of keys and values
-    least = least_blocks(plan, held) * block
+    least = remote_blocks(plan, held, *HEADS) * block
     assert least > 0
     assert moved(plan, held)[0] == {"keys": 2 * least, "grads": least}
 

@@ -1,13 +1,15 @@
-"""launch/metrics.py, summary.py and report.py: what a run writes down, and what is made of it."""
+"""launch/metrics.py, summary.py, report.py, pictures.py: what a run writes down, and what is made of it."""
 
 import json
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from sparring.launch.config import TrainConfig
 from sparring.launch.metrics import MetricsWriter, ProgressReport, progress_text, read_metrics
+from sparring.launch.pictures import draw_blocks, draw_layouts, draw_work
 from sparring.launch.report import main, write_report
 from sparring.launch.summary import summarize
 
@@ -20,13 +22,26 @@ def fill(path, world=2, layers=3, kinds=("train", "dense", "local")):
         for step in range(STEPS):
             row = {"loss": 5.0 - 0.2 * step, "density": 0.25, "recall": None if step % 2 else 0.9}
             row |= {"worker_imbalance": 1.1, "step_imbalance": 1.2, "layout": "zigzag"}
+            row |= {"predicted_worker_imbalance": 1.05 if step > 1 else None, "exposed": 0.03}
+            row |= {"predicted_step_imbalance": None, "bytes": 3 << 20, "least_bytes": 1 << 20}
             writer.write(kind, step, **row, tokens_per_second=100.0 + step)
     for step in range(STEPS):
-        writer.write("layers", step, density=[0.3] * layers, recall=[0.9] * layers)
-    for name in ("contiguous", "zigzag"):
-        work = np.tril(np.ones((world, world + 1))).tolist()
-        writer.write("work", STEPS - 1, layout=name, chosen=name == "zigzag", work=work)
+        imbalance = {"worker_imbalance": [1.2] * layers, "step_imbalance": [1.3] * layers}
+        writer.write("layers", step, density=[0.3] * layers, recall=[0.9] * layers, **imbalance)
+    for row in weighed(world):
+        writer.write("work", STEPS - 1, **row)
     writer.close()
+
+
+def weighed(world=2):
+    """Rows of three layouts, the second the one in use, the third the slowest."""
+    work = np.tril(np.ones((world, world + 1)))
+    held = {"rank_of_block": [*range(world)] * 3, "work_of_block": [float(n) for n in range(3 * world)]}
+    return [
+        {"layout": "contiguous", "chosen": False, "work": work.tolist()},
+        {"layout": "zigzag", "chosen": True, "work": (0.5 * np.ones_like(work)).tolist()} | held,
+        {"layout": "striped", "chosen": False, "work": (np.eye(*work.shape) + work).tolist()},
+    ]
 
 
 def test_rows_are_appended_and_flushed_at_once(tmp_path):
@@ -82,6 +97,8 @@ def test_summary_holds_the_promised_values(tmp_path):
     assert summary["tokens_per_second"] == 105.5
     expected = {"steps": STEPS, "seq_len": 8192, "mean_visible_context": 4000.0, "world_size": 2}
     expected |= {"pattern": "vertical-slash", "density": 0.25, "worker_imbalance": 1.1}
+    expected |= {"predicted_worker_imbalance": pytest.approx(1.05), "predicted_step_imbalance": None}
+    expected |= {"bytes": 3 << 20, "least_bytes": 1 << 20, "exposed": pytest.approx(0.03)}
     assert summary.items() >= expected.items()
     assert json.loads(json.dumps(summary)) == summary
 
@@ -95,6 +112,50 @@ def test_report_is_drawn(tmp_path, world, layers):
     assert path.name == "report.png" and min(picture.shape[:2]) > 500
     lower = picture[picture.shape[0] * 2 // 3 :, :, :3]
     assert len(np.unique(lower.reshape(-1, 3), axis=0)) > 20  # the heat maps are there
+
+
+def test_heat_maps_share_one_scale_and_show_totals():
+    rows = weighed(4)[:2]
+    grid = Figure().subplots(1, 2)
+    draw_work(grid, rows)
+    images = [axes.get_images()[0] for axes in grid]
+    assert [image.get_clim() for image in images] == [(0, 1)] * 2
+    for axes, image, row in zip(grid, images, rows, strict=True):
+        assert np.array_equal(image.get_array(), row["work"])
+        shown = {text.get_text().strip() for text in axes.texts}
+        assert {f"{sum(line):,.0f}" for line in row["work"]} | {"total"} <= shown
+        assert row["layout"] in axes.get_title()
+
+
+def test_the_worst_layout_stands_beside_the_chosen_one():
+    figure = Figure()
+    draw_layouts(figure, weighed(4))
+    titles = [axes.get_title() for axes in figure.axes]
+    before, after = (title.split("\n")[0] for title in titles if title.startswith("work, "))
+    assert before == "work, striped (the worst weighed)" and after == "work, zigzag (chosen)"
+    figure = Figure()
+    draw_layouts(figure, weighed(4)[1:2])  # nothing else was weighed
+    assert sum(axes.get_title().startswith("work, ") for axes in figure.axes) == 1
+
+
+def test_blocks_are_drawn_in_the_lane_of_their_rank_as_high_as_their_work():
+    axes = Figure().subplots()
+    draw_blocks(axes, [1, 0, 2, 1], [4.0, 2.0, 0.0, 1.0], 3)
+    blocks = [np.array(line) for line in axes.collections[0].get_segments()]
+    assert [line[0, 0] for line in blocks] == [0, 1, 2, 3]
+    assert [line[1, 1] for line in blocks] == [1.5, 0.5, 2.5, 1.5]  # the bottom of the lane
+    heights = [line[1, 1] - line[0, 1] for line in blocks]
+    assert heights == pytest.approx([0.9, 0.45, 0.05, 0.225])
+
+
+def test_a_run_of_an_older_version_is_drawn(tmp_path):
+    """Its rows say nothing of blocks, predictions and bytes."""
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.write("train", 0, loss=5.0, worker_imbalance=1.1, step_imbalance=1.2)
+    for row in weighed():
+        writer.write("work", 0, **{name: row[name] for name in ("layout", "chosen", "work")})
+    writer.close()
+    assert write_report(tmp_path).stat().st_size > 10_000
 
 
 def test_report_needs_nothing_but_training_rows(tmp_path):
