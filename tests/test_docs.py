@@ -64,6 +64,8 @@ COMMANDS = {
     "python benchmarks/proof.py": "--digest",
     "python benchmarks/simulate.py": "--worlds 8 16 --tokens 524288 --out OUT/simulate.csv",
     "python benchmarks/mutations.py": "--only merge --random 0",
+    "torchrun --nproc-per-node 2 benchmarks/scaling.py": "--device cpu --tokens 1024 --heads 4 2 --dim 32 "
+    "--patterns window:.3 --layouts zigzag --out OUT/scaling.csv",
 }
 DRY = {"make test-full"}  # writes the table of results, and runs this file: only looked at
 NEEDS = {  # what a machine must have, in the words of machine.py
@@ -110,6 +112,8 @@ def test_documented_commands_run(command, tmp_path):
         arguments = " ".join([*sum(settings, []), *added])
         words = ["make", words[1], "VENV=", f"PYTHON={sys.executable}", f"ARGS={arguments}"]
         words += ["--dry-run"] if kind in DRY else []
+    elif words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:], *added]
     elif words[0] == "sparring":
         words = [sys.executable, "-m", f"sparring.launch.{words[1]}", *words[2:], *added]
     else:
