@@ -3,8 +3,8 @@
     python benchmarks/balance.py --json          # the whole zoo, writes results/balance.csv, .json and .png
     python benchmarks/balance.py --quick         # a few small cases
 
-Plans are drawn (zoo.py); the work of every rank and step and the keys it needs are counted from them, and
-the schedules of the engine are simulated (sparring.balance.simulate) with one file of cost constants: one
+Plans are drawn (balance_zoo.py); the work of every rank and step and the keys it needs are counted from them,
+and the schedules of the engine are simulated (sparring.balance.simulate) with one file of cost constants: one
 attention layer, forward and backward. `true`: the planner knew the plan; `lagged`: it knew the statistics
 of another step of the same model, whose text, columns, documents and choices were drawn anew. Baselines are
 the layouts contiguous, zigzag, striped (MTraining) and PTRR (torch's balancer), each with its fastest
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from balance_plots import draw_frontier
-from zoo import HEADS, KEY_HEADS, KINDS, Drawn, draw
+from balance_zoo import HEADS, KEY_HEADS, KINDS, Drawn, draw
 
 from sparring.balance import (
     H200,

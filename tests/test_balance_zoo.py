@@ -1,4 +1,4 @@
-"""The planner on small plans of benchmarks/zoo.py: what benchmarks/balance.py measures on large ones."""
+"""The planner on small plans of benchmarks/balance_zoo.py, which benchmarks/balance.py measures on large ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCKS, BLOCK, DENSITY = 1024, 128, 0.25
 def benchmark_modules():
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    yield importlib.import_module("balance"), importlib.import_module("zoo")
+    yield importlib.import_module("balance"), importlib.import_module("balance_zoo")
     patch.undo()
 
 

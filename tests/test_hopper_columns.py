@@ -27,8 +27,9 @@ pytestmark = MARKS
 if not INTERPRETED:
 
     @machine.needs("triton", "numpy < 2.4")
-    def test_in_a_process_of_its_own():
-        interpreted.check(__file__)
+    @pytest.mark.parametrize("marks", ["not full", pytest.param("full", marks=pytest.mark.full)])
+    def test_in_a_process_of_its_own(marks):
+        interpreted.check(__file__, marks)
 
 
 def geometry(mask: str, batch: int = 1) -> Geometry:
