@@ -1,4 +1,4 @@
-"""The planner on small plans of benchmarks/balance_zoo.py; benchmarks/balance.py measures it on large ones."""
+"""The planner on small plans of benchmarks/balance_zoo.py; benchmarks/balance.py has large ones."""
 
 from __future__ import annotations
 
