@@ -238,7 +238,7 @@ def _column_ranges(plan: Plan) -> tuple[Tensor, Tensor]:
 def columns_before(columns: Tensor, column_group: Tensor | None, at: Tensor, right: bool = False) -> Tensor:
     """int32 [B, Hc, M]: how many columns of a row's group lie before position at [B, M]; right: or at it."""
     at = at[:, None, None].expand(-1, *columns.shape[1:3], -1).contiguous()
-    before = torch.searchsorted(columns, at, right=right, out_int32=True)  # in every group
+    before = torch.searchsorted(columns.contiguous(), at, right=right, out_int32=True)  # in every group
     if column_group is None:
         return before[:, :, 0]
     group = column_group.long().expand(*before.shape[:2], 1, -1)
