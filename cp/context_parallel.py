@@ -68,8 +68,8 @@ class ContextParallel:
     pattern: a Pattern, the name of one, or {layer: pattern} with an optional "default".
     layout: "auto" (chosen each step), "contiguous", "zigzag", "striped", "striped(g)", or a Layout.
     exchange: how keys reach the ranks that need them: "ring"; "hierarchical", a ring of nodes around rings
-        inside of them; "gather", from every rank to all others at once; "heads", every rank gets all tokens
-        of its share of the heads; ("heads", "ring"), that inside a node and a ring of nodes; "auto":
+        inside of them; "gather", from every rank to all others at once; "pull", of needed blocks; "heads",
+        all tokens of a share of the heads; ("heads", "ring"), that inside a node and a ring of nodes; "auto":
         hierarchical if there are two axes, else ring.
     grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
         `sum_gradients` (or anything else that sums).

@@ -72,8 +72,9 @@ class Pull(Ring):
             if rows.anybody:
                 leaving = _rows(own, size).index_select(0, rows.outgoing)
                 arriving[place] = self._move(leaving, rows.sends, rows.receives, phase, place, "keys")
+        places = self.places
         for step in getattr(self.schedule, phase):
-            place = self.places[step.sources] if step.sources else -1
+            place = places[step.sources] if step.sources else -1
             if place <= 0:
                 yield place, own if place == 0 else None
                 continue
