@@ -24,7 +24,7 @@ STAGES = {64: 4, 128: 2}  # of keys and values in shared memory, by padded head 
 def backward_rows(q, k, v, dout, lse, delta, bound: BoundPlan, source: int, dq, scale: float) -> None:
     """Adds the gradients of the tiles of one source to dq (fp32); shapes as in reference.backward_step."""
     check(q, bound, scale)
-    table, live = work_table(bound, source, q.shape[1], k.shape[1])
+    table, live = work_table(bound, source, q.shape[1], k)
     width = padded(q)
     q, k, v, dout, lse, delta = (readable(x) for x in (q, k, v, dout, lse, delta))
     with torch.cuda.device(q.device):

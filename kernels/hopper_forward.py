@@ -76,7 +76,7 @@ def forward_step(q, k, v, bound: BoundPlan, source: int, out, lse, scale: float,
     are continued, and rows without tiles left alone.
     """
     check(q, bound, scale)
-    table, live = work_table(bound, source, q.shape[1], k.shape[1])
+    table, live = work_table(bound, source, q.shape[1], k)
     width = padded(q)
     programs = min(table.shape[0], torch.cuda.get_device_properties(q.device).multi_processor_count)
     q, k, v = readable(q), readable(k), readable(v)

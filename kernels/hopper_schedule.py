@@ -13,16 +13,25 @@ from .bound import BoundPlan
 from .triton_order import columns_in_order, longest_first, rows_in_order
 
 SHORT = 16  # tiles: shorter lists are not worth a part
+NEAR = 24 * 2**20  # bytes of keys and values that the L2 of a Hopper GPU keeps beside all else
 
 
-def work_table(bound: BoundPlan, source: int, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def work_table(bound: BoundPlan, source: int, heads: int, k: Tensor) -> tuple[Tensor, Tensor]:
     """int32 [items, 4] = (query tile, first entry, full tiles, tiles), and int32 [1], how many have tiles.
 
-    One key head after the other, longest first; those without tiles at the very end. Query tiles are
-    numbered (batch, head, row).
+    k: the keys [B, Hk, n, D] of the source. Longest first, but for one group of key heads after the other,
+    of as many as fit into the L2 together: what is dealt out evenly is only what is in one order. Those
+    without tiles at the very end. Query tiles are numbered (batch, head, row).
     """
-    tables, live = bound.memo(("rows", heads, kv_heads), lambda: _rows(bound, heads, kv_heads))
+    groups = groups_of(k.shape[0] * k.shape[1], 2 * k.shape[2] * k.shape[3] * k.itemsize)
+    tables, live = bound.memo(("rows", heads, groups), lambda: _rows(bound, heads, groups))
     return tables[source], live[source]
+
+
+def groups_of(kv_heads: int, size: int) -> int:
+    """Into how many equal groups key heads of `size` bytes each are put, so that a group is near enough."""
+    fitting = max(1, NEAR // size)
+    return min(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and kv_heads // n <= fitting)
 
 
 def column_table(
@@ -37,11 +46,11 @@ def column_table(
     return tables[source], live[source]
 
 
-def _rows(bound: BoundPlan, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def _rows(bound: BoundPlan, heads: int, groups: int) -> tuple[Tensor, Tensor]:
     batch, mask_heads, rows = bound.plan.geometry.batch, bound.mask_heads, bound.rows
     tiles = bound.row_ptr.diff().view(batch, mask_heads, rows, bound.num_sources).permute(3, 0, 1, 2)
     tiles = tiles.repeat_interleave(heads // mask_heads, 2)
-    tiles = tiles.reshape(bound.num_sources, batch * kv_heads, heads // kv_heads * rows)
+    tiles = tiles.reshape(bound.num_sources, groups, -1)
     table = rows_in_order(bound, longest_first(tiles, bound.blocks_per_source), heads)
     return table, (tiles > 0).sum((1, 2), dtype=torch.int32)[:, None]
 

@@ -157,13 +157,20 @@ def test_longest_first_is_a_stable_sort(shape, longest):
 
 
 @kernels_run
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if case.mask_heads == 2], ids=lambda case: case.name)
-def test_work_tables_name_the_rows_longest_first(case):
-    """Two mask heads, four query heads of two key heads: every row with its list, in order of key heads."""
-    from sparring.kernels.hopper_schedule import work_table
+def test_work_tables_name_the_rows_longest_first(case, together, monkeypatch):
+    """Two mask heads, four query heads of two key heads: every row with its list, in order of key heads.
+
+    Or of all together, where their keys fit into the L2.
+    """
+    from sparring.kernels import hopper_schedule
 
     plan, sources = make(case)
     bound, rows = bind(plan, sources), len(plan.geometry.blocks)
+    keys = torch.empty(case.batch, 2, bound.blocks_per_source * bound.block_size, 64)
+    if not together:
+        monkeypatch.setattr(hopper_schedule, "NEAR", 0)
     for source in range(len(sources)):
         expected = []
         for tile in range(case.batch * 4 * rows):
@@ -171,8 +178,10 @@ def test_work_tables_name_the_rows_longest_first(case):
             x = ((batch * 2 + head // 2) * rows + row) * len(sources) + source
             begin, end = bound.row_ptr[x : x + 2].tolist()
             expected.append((tile, begin, int(bound.row_full[x]), end - begin))
-        expected.sort(key=lambda item: (item[3] == 0, item[0] // rows // 2 if item[3] else 0, -item[3]))
-        table, live = work_table(bound, source, 4, 2)
+        groups = 1 if together else case.batch * 2
+        per = case.batch * 4 * rows // groups
+        expected.sort(key=lambda item: (item[3] == 0, item[0] // per if item[3] else 0, -item[3]))
+        table, live = hopper_schedule.work_table(bound, source, 4, keys)
         assert table.tolist() == [list(item) for item in expected]
         assert live.tolist() == [sum(item[3] > 0 for item in expected)]
 
@@ -255,3 +264,14 @@ def test_half_a_million_tokens_with_32_masks_fit():
             assert torch.equal(full[head * 4096 : (head + 1) * 4096], wanted[1])
             count = int(chosen.sum())
             assert torch.equal(entries[lines[0] : lines[0] + count], wanted[2][:count])
+
+
+@kernels_run
+def test_groups_of_key_heads_are_equal_and_as_few_as_fit():
+    from sparring.kernels.hopper_schedule import NEAR, groups_of
+
+    for heads in range(1, 17):
+        for size in (NEAR // 20, NEAR // 5, NEAR // 2, NEAR, 3 * NEAR):
+            found = groups_of(heads, size)
+            fitting = [n for n in range(1, heads + 1) if heads % n == 0 and heads // n * size <= NEAR]
+            assert found == min(fitting, default=heads)
