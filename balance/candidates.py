@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -30,8 +31,13 @@ def layouts(by_block: np.ndarray, world: int, block_size: int) -> list[Layout]:
     return [*known, work_sorted(by_block, world, block_size)]
 
 
-def local_layouts(by_block: np.ndarray, tiles: Tiles, block_size: int, topology: Topology) -> list[Layout]:
-    """Those that let ranks need few keys of others, for exchanges that then move less; work is equal."""
+def local_layouts(
+    by_block: np.ndarray, tiles: Sequence[Tiles], block_size: int, topology: Topology
+) -> list[Layout]:
+    """Those that let ranks need few keys of others, for exchanges that then move less; work is equal.
+
+    tiles: of each layer group.
+    """
     world = topology.world
     known = [folded(by_block, world, block_size), folded(by_block, world, block_size, LOOSE)]
     if runs(known[0]) > 3 * world:  # work does not just grow along the sequence: less local than could be

@@ -28,11 +28,12 @@ def work_matrices(
 
 
 def work_by_step(by_source: np.ndarray, columns: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """[W, steps + 1] from the work of each rank with the keys of each, [W, W], and its column work, [W]."""
-    world, count = len(by_source), int(steps.max()) + 1
+    """[..., W, steps + 1] from work of ranks with the keys of each, [..., W, W], and of columns, [..., W]."""
+    world, count = by_source.shape[-1], int(steps.max()) + 1
     cells = (np.arange(world)[:, None] * count + steps).ravel()
-    by_step = np.bincount(cells, by_source.ravel(), world * count).reshape(world, count)
-    return np.column_stack([by_step, columns])
+    rows = by_source.reshape(-1, world * world)
+    by_step = np.stack([np.bincount(cells, row, world * count) for row in rows])
+    return np.concatenate([by_step.reshape(*by_source.shape[:-1], count), columns[..., None]], axis=-1)
 
 
 def work_by_rank(layout: Layout, by_block: np.ndarray) -> np.ndarray:

@@ -75,25 +75,44 @@ class Candidate:
 class Decision:
     """The layout of a step, the candidates that it was chosen from, and the state for the next step.
 
-    exchange: chosen or given with the attention call, None without one. The table is empty if nothing was
-    left to choose.
+    exchange: chosen or given with the attention call, None without one. given: whether the user gave it. The
+    table is empty if nothing was left to choose.
     """
 
     layout: Layout
     table: tuple[Candidate, ...]
     state: PlannerState
     exchange: str | None = None
+    given: bool = False
 
     @property
     def chosen(self) -> Candidate:
         """The candidate that the layout is of."""
         return next(candidate for candidate in self.table if candidate.layout is self.layout)
 
+    @property
+    def why(self) -> str:
+        """Why this exchange, in one line."""
+        if self.given:
+            return "given by the user"
+        if not self.table or self.chosen.best is None:
+            return "fixed until attention of two steps before is known"
+        best, others = self.chosen.best, self.chosen.others
+        listed = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in others)
+        kept = any(seconds < best.seconds for _, seconds in others)
+        return (
+            f"{1e3 * best.seconds:.3f} ms of one layer"
+            + (f", in this layout {listed}" if others else ", no other fits this layout")
+            + (f"; in use, none is {SWITCH - 1:.0%} faster" if kept else "")
+        )
+
     def explain(self) -> str:
-        """The candidates as a text table; the chosen one is marked."""
+        """The candidates as a text table, the chosen one marked, and why the exchange was chosen."""
         if not self.table:
-            return f"{self.layout}, given by the user"
-        return _in_seconds(self) if self.chosen.best else _in_tiles(self)
+            table = f"{self.layout}, given by the user"
+        else:
+            table = _in_seconds(self) if self.chosen.best else _in_tiles(self)
+        return table if self.exchange is None else f"{table}\nexchange {self.exchange}: {self.why}"
 
 
 def _in_tiles(decision: Decision) -> str:
@@ -129,8 +148,7 @@ def _in_seconds(decision: Decision) -> str:
     lines.append(
         "ms of one layer, of these waits for keys or slower ranks; imbalances max / mean; * = chosen"
     )
-    others = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in chosen.others)
-    return "\n".join([*lines, f"the chosen layout by other exchanges: {others} ms"] if others else lines)
+    return "\n".join(lines)
 
 
 def _why_not(candidate: Candidate, chosen: Candidate) -> str:

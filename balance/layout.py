@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from operator import index
 
 import numpy as np
@@ -39,11 +40,11 @@ class Layout:
             raise ValueError(f"block_size is {self.block_size}; it must be at least 1 token")
         if not self.assignment:
             raise ValueError("the assignment names 0 ranks; give one tuple of blocks for each rank")
-        held = [block for blocks in self.assignment for block in blocks]
-        missing = sorted(set(range(self.num_blocks)) - set(held))
-        if len(held) != self.num_blocks or missing:
+        if not np.array_equal(np.sort(self.order), np.arange(self.num_blocks)):
+            held = set(self.order.tolist())
+            missing = sorted(set(range(self.num_blocks)) - held)
             raise ValueError(
-                f"the assignment holds {len(held)} blocks, {len(set(held))} of them different, and misses "
+                f"the assignment holds {len(self.order)} blocks, {len(held)} of them different, and misses "
                 f"{len(missing)} of the {self.num_blocks} blocks of the sequence (first missing: "
                 f"{missing[:4]}); assign each of 0..{self.num_blocks - 1} to exactly one rank"
             )
@@ -57,6 +58,16 @@ class Layout:
     def blocks_per_rank(self) -> tuple[int, ...]:
         """Number of blocks that each rank holds, [W]."""
         return tuple(len(blocks) for blocks in self.assignment)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """int64 [num_blocks]: all blocks, rank after rank, in physical order."""
+        return np.fromiter(chain.from_iterable(self.assignment), dtype=np.int64)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """int64 [W + 1]: the blocks of rank r are order[bounds[r] : bounds[r + 1]]."""
+        return np.concatenate([[0], np.cumsum(self.blocks_per_rank)])
 
     @cached_property
     def source_of_block(self) -> np.ndarray:
@@ -79,8 +90,7 @@ class Layout:
     @cached_property
     def inverse(self) -> np.ndarray:
         """int64 [num_blocks * block_size]: `concatenated shards[inverse]` is in logical order again."""
-        starts = np.concatenate([[0], np.cumsum(self.blocks_per_rank)])
-        blocks = starts[self.source_of_block] + self.slot_of_block
+        blocks = self.bounds[self.source_of_block] + self.slot_of_block
         return (blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()
 
     def digest(self) -> int:
@@ -98,9 +108,8 @@ class Layout:
 
     def _scatter(self, values: np.ndarray) -> np.ndarray:
         """int32 [num_blocks]: values, given in rank-major physical order, by logical block id."""
-        held = [block for blocks in self.assignment for block in blocks]
         result = np.empty(self.num_blocks, dtype=np.int32)
-        result[held] = values
+        result[self.order] = values
         return result
 
 

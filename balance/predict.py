@@ -18,6 +18,9 @@ from .topology import Constants, KernelCost, Topology
 
 ADDED = 3  # how often gradients are read or written where they are added up
 
+# Forward and backward: seconds of computation, [..., W, steps + 1], and bytes of gradients, [..., W, W].
+Phases = list[tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -25,7 +28,8 @@ class Call:
 
     heads, key_heads: of queries, of keys. key_bytes, gradient_bytes: of keys and values of one block of one
     batch row, all key heads, and of their gradients. exchanges: names of those that may be chosen, see
-    FORMULAS. machine, nodes: what it runs on. backward: False without a backward.
+    FORMULAS. machine, nodes: what it runs on. backward: False without a backward. most_pulled: the largest
+    share of the keys of others that a rank may be expected to hold at once for a pull to be weighed.
     """
 
     heads: int
@@ -36,6 +40,7 @@ class Call:
     machine: Constants
     nodes: int = 1
     backward: bool = True
+    most_pulled: float = 1.0
 
     def topology(self, world: int) -> Topology:
         return self.machine.topology(world, self.nodes)
@@ -63,11 +68,14 @@ def predict(
     columns: np.ndarray,
     needed: np.ndarray | None = None,
     batch: int = 1,
+    shares: np.ndarray | float = 1.0,
 ) -> Prediction:
     """Seconds of an exchange under a layout, for a batch of so many rows.
 
-    by_source: [W, W], columns: [W], work in tiles, mean over heads; needed: [W, W] key blocks, see `Tiles`,
-    None for all; each summed over rows. Raises ValueError for an exchange that it knows no formula for.
+    by_source: [..., W, W], columns: [..., W], work in tiles, mean over heads; needed: [..., W, W] key blocks,
+    see `Tiles`, None for all; each summed over rows. The leading dim, if there is one, is that of layer
+    groups, and shares, [groups], what they count: the result is their mean. Raises ValueError for an
+    exchange that it knows no formula for.
     """
     if exchange not in FORMULAS:
         raise ValueError(f"no prediction for exchange {exchange!r}; known are {', '.join(FORMULAS)}")
@@ -75,17 +83,20 @@ def predict(
     work = work_by_step(by_source, columns, step_of_source(exchange, world, call.nodes))
     blocks = needed if exchange == "pull" and needed is not None else np.broadcast_to(sizes, (world, world))
     blocks = blocks * (1 - np.eye(world))
-    seconds = compute = 0.0
-    memory = call.machine.memory
-    phases = [(call.machine.forward, 0.0)] + [(call.machine.backward, call.gradient_bytes)] * call.backward
-    for kernel, gradient_bytes in phases:
+    compute, phases = np.zeros(work.shape[:-2]), []
+    for kernel, gradient_bytes in [(call.machine.forward, 0.0)] + [
+        (call.machine.backward, call.gradient_bytes)
+    ] * call.backward:
         steps = step_seconds(kernel, call, work, sizes, layout.block_size)
-        keys, gradients = blocks * call.key_bytes, blocks * gradient_bytes
+        gradients = blocks * gradient_bytes
         if world > 1:  # zeroed before they are added to
-            steps[:, 1:-1] += gradients.sum(1, keepdims=True) / (steps.shape[1] - 2) / memory
-        seconds += FORMULAS[exchange](steps, keys, gradients, call.topology(world))
-        compute += float(steps.sum(1).max())
-    return Prediction(exchange, float(np.round(seconds, 9)), float(np.round(compute, 9)))
+            zeroed = gradients.sum(-1, keepdims=True) / (steps.shape[-1] - 2) / call.machine.memory
+            steps[..., 1:-1] += zeroed
+        compute = compute + steps.sum(-1).max(-1)
+        phases.append((steps, gradients))
+    seconds = FORMULAS[exchange](phases, blocks * call.key_bytes, call.topology(world))
+    seconds, compute = (float(np.sum(shares * each).round(9)) for each in (seconds, compute))
+    return Prediction(exchange, seconds, compute)
 
 
 def least_seconds(call: Call, layout: Layout, work: np.ndarray, batch: int = 1) -> float:
@@ -99,21 +110,22 @@ def least_seconds(call: Call, layout: Layout, work: np.ndarray, batch: int = 1) 
 def step_seconds(
     kernel: KernelCost, call: Call, work: np.ndarray, sizes: np.ndarray, block_size: int
 ) -> np.ndarray:
-    """[W, steps + 1] from work of that shape in tiles; blocks may have another size than the kernel's."""
+    """[..., W, steps + 1] from work of that shape in tiles; blocks may not be as large as the kernel's."""
     parts = block_size / call.machine.block_size
-    scaled = np.concatenate([work[:, :-1] * parts**2, work[:, -1:] * parts], axis=1)
+    scaled = np.concatenate([work[..., :-1] * parts**2, work[..., -1:] * parts], axis=-1)
     return kernel.seconds(scaled, sizes[:, None] * parts, call.heads, call.machine.block_size)
 
 
-def _ring(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology: Topology) -> float:
-    return _turns(steps, keys.max(), gradients.max(), topology, 1)
+def _ring(phases: Phases, keys: np.ndarray, topology: Topology) -> np.ndarray:
+    return sum(_turns(steps, keys.max(), gradients.max(), topology, 1) for steps, gradients in phases)
 
 
-def _hierarchical(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology: Topology) -> float:
-    return _turns(steps, keys.max(), gradients.max(), topology, topology.nodes)
+def _hierarchical(phases: Phases, keys: np.ndarray, topology: Topology) -> np.ndarray:
+    rounds = topology.nodes
+    return sum(_turns(steps, keys.max(), gradients.max(), topology, rounds) for steps, gradients in phases)
 
 
-def _turns(steps: np.ndarray, keys: float, gradients: float, topology: Topology, rounds: int) -> float:
+def _turns(steps: np.ndarray, keys: float, gradients: float, topology: Topology, rounds: int) -> np.ndarray:
     """Ranks wait for neighbours alone: keys arrive a hop after both ranks were there to send and to receive.
 
     In each round keys go once round a ring; meanwhile those of the next round cross. Gradients share links
@@ -124,26 +136,29 @@ def _turns(steps: np.ndarray, keys: float, gradients: float, topology: Topology,
     inner, ranks = world // rounds, np.arange(world)
     before, node = ranks - ranks % inner + (ranks - 1) % inner, ranks // topology.inner
     inside, between = topology.inside.seconds(size), topology.between.seconds(size)
+    *compute, columns = np.moveaxis(steps, -1, 0) + 0.0
+    for each in compute[bool(gradients) :]:
+        each += ADDED * gradients / topology.memory
     hop = np.where(node == node[before], inside, between)
-    clock = np.zeros(world)
+    clock = np.zeros(steps.shape[:-1])
     for turn in range(rounds):
         begun = clock
         for step in range(inner):
-            arrives = np.maximum(clock, clock[before]) + hop
+            arrives = np.maximum(clock, clock[..., before])
             if turn or step or not gradients:
-                clock = clock + steps[:, turn * inner + step] + ADDED * gradients / topology.memory
+                clock = clock + compute[turn * inner + step]
             if step < inner - 1:
-                clock = np.maximum(clock, arrives)
+                clock = np.maximum(clock, arrives + hop)
         if turn < rounds - 1:
-            clock = np.maximum(clock, np.maximum(begun, begun[ranks - inner]) + between)
+            clock = np.maximum(clock, np.maximum(begun, begun[..., ranks - inner]) + between)
     if gradients:
         last = topology.between if topology.nodes > 1 else topology.inside
-        home = clock[ranks - inner if rounds > 1 else before] + last.seconds(gradients) * (world > 1)
-        clock = np.maximum(clock + steps[:, 0], home)
-    return float((clock + steps[:, -1]).max())
+        home = clock[..., ranks - inner if rounds > 1 else before] + last.seconds(gradients) * (world > 1)
+        clock = np.maximum(clock + compute[0], home)
+    return (clock + columns).max(-1)
 
 
-def _gather(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology: Topology) -> float:
+def _gather(phases: Phases, keys: np.ndarray, topology: Topology) -> np.ndarray:
     world, several = topology.world, topology.nodes > 1
     # Between nodes, what stays inside a node is little, and has ports of its own.
     share = (world - topology.inner) / (world - 1) if several else 1.0
@@ -154,15 +169,21 @@ def _gather(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology
         return np.full(world, count * share * size / link.bandwidth + link.latency)
 
     arrivals = [seconds(count, keys.max()) for count in np.cumsum(counts)]
-    homes = [seconds(count, gradients.max()) for count in counts] if gradients.any() else []
-    return _all_at_once(steps, arrivals, homes, gradients, topology)
+    return sum(
+        _all_at_once(steps, arrivals, [seconds(count, sent.max()) for count in counts], sent, topology)
+        for steps, sent in phases
+    )
 
 
-def _pull(steps: np.ndarray, keys: np.ndarray, gradients: np.ndarray, topology: Topology) -> float:
+def _pull(phases: Phases, keys: np.ndarray, topology: Topology) -> np.ndarray:
     halves = _halves(topology.world)
     arrivals = [_arrivals(keys, topology, -1, range(1, hops.stop)) for hops in halves]
-    homes = [_arrivals(gradients.T, topology, 1, hops) for hops in halves] if gradients.any() else []
-    return _all_at_once(steps, arrivals, homes, gradients, topology)
+    total = 0.0
+    for steps, sent in phases:
+        back = sent.swapaxes(-1, -2)
+        homes = [_arrivals(back, topology, 1, hops) for hops in halves] if sent.any() else []
+        total = total + _all_at_once(steps, arrivals, homes, sent, topology)
+    return total
 
 
 def _halves(world: int) -> list[range]:
@@ -177,44 +198,46 @@ def _all_at_once(
     homes: list[np.ndarray],
     gradients: np.ndarray,
     topology: Topology,
-) -> float:
+) -> np.ndarray:
     """All keys start at once; a group of sources is computed with when the last of them is there.
 
-    arrivals: for each group [W] seconds until its keys are there; homes: those that its gradients take. They
-    go behind all keys, and their owners add them up.
+    arrivals: for each group [..., W] seconds until its keys are there; homes: those that its gradients take.
+    They go behind all keys, and their owners add them up.
     """
-    clock, home = np.zeros(len(steps)), np.zeros(len(steps))
-    if not homes:
-        clock = clock + steps[:, 0]
+    clock, home = np.zeros(steps.shape[:-1]), np.zeros(steps.shape[:-1])
+    backward = gradients.any()
+    if not backward:
+        clock = clock + steps[..., 0]
     for number, arrived in enumerate(arrivals):
-        clock = np.maximum(clock, arrived) + steps[:, number + 1]
-        if homes:
-            home = np.maximum(home, np.maximum(clock.max(), arrivals[-1])) + homes[number]
-    if homes:
-        clock = np.maximum(clock + steps[:, 0], home) + ADDED * gradients.sum(0) / topology.memory
-    return float((clock + steps[:, -1]).max())
+        clock = np.maximum(clock, arrived) + steps[..., number + 1]
+        if backward:
+            home = np.maximum(home, np.maximum(clock.max(-1, keepdims=True), arrivals[-1])) + homes[number]
+    if backward:
+        clock = np.maximum(clock + steps[..., 0], home) + ADDED * gradients.sum(-2) / topology.memory
+    return (clock + steps[..., -1]).max(-1)
 
 
 def _arrivals(sizes: np.ndarray, topology: Topology, sign: int, hops: range) -> np.ndarray:
-    """[W] seconds until each rank has the messages of some hops, if those start at once.
+    """[..., W] seconds until each rank has the messages of some hops, if those start at once.
 
-    sizes: bytes [receiver, sender]; in hop h rank r gets those of r + sign * h. The messages of earlier hops
-    go first, at either end, inside nodes and between them.
+    sizes: bytes [..., receiver, sender]; in hop h rank r gets those of r + sign * h. The messages of earlier
+    hops go first, at either end, inside nodes and between them.
     """
     world, ranks, turns = topology.world, np.arange(topology.world), np.array(hops)[:, None]
     senders, receivers = (ranks + sign * turns) % world, (ranks - sign * turns) % world
-    size, node, here = sizes[ranks, senders], ranks // topology.inner, np.zeros(world)
+    size, node, here = sizes[..., ranks, senders], ranks // topology.inner, 0.0
+    row = np.arange(len(turns))[:, None]
     outside = node != node[senders]
     for crossing, link in ((outside, topology.between), (~outside, topology.inside)):
         moving = np.where(crossing, size / link.bandwidth, 0)
-        sent = np.take_along_axis(moving, receivers, 1)  # by sender
-        earlier = np.take_along_axis(sent.cumsum(0) - sent, senders, 1)
-        begin = np.maximum(moving.cumsum(0) - moving, earlier)
-        here = np.maximum(here, np.where(moving > 0, begin + moving + link.latency, 0).max(0))
+        sent = moving[..., row, receivers]  # by sender
+        earlier = (sent.cumsum(-2) - sent)[..., row, senders]
+        begin = np.maximum(moving.cumsum(-2) - moving, earlier)
+        here = np.maximum(here, np.where(moving > 0, begin + moving + link.latency, 0).max(-2))
     return here
 
 
-FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Topology], float]] = {
+FORMULAS: dict[str, Callable[[Phases, np.ndarray, Topology], np.ndarray]] = {
     "ring": _ring,
     "hierarchical": _hierarchical,
     "gather": _gather,

@@ -22,9 +22,20 @@ ROUNDS = 10  # of proportional fitting; the error of the marginals falls about t
 PRIOR = 0.01  # tiles added to both sides of an offset's share, as a share of its visible tiles
 
 
+def layer_groups(world: int) -> int:
+    """Of how many groups of consecutive layers, at most, the plans are summed up apart.
+
+    One where so many ranks share a sequence that groups gain nothing and planning for each takes too long
+    (benchmarks/balance_groups.py).
+    """
+    return 4 if world <= 32 else 1
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Sums over query blocks, batch rows, layers and ranks; only their ratios matter. float64 [n] each.
+
+    Or [groups, n] each, where layers are summed up in groups.
 
     rows_by_depth: number of query blocks at each depth. chosen_by_distance, chosen_by_offset: chosen
     visible tiles, averaged over heads. columns_by_depth: column work outside chosen tiles, averaged over
@@ -46,11 +57,15 @@ class Statistics:
     @staticmethod
     def from_vector(vector: np.ndarray) -> Statistics:
         """The inverse of `to_vector`."""
-        return Statistics(*np.asarray(vector, dtype=np.float64).reshape(5, -1))
+        return Statistics(*np.split(np.asarray(vector, dtype=np.float64), 5, axis=-1))
 
     def to_vector(self) -> np.ndarray:
-        """float64 [5 * n]: what an all-reduce over the ranks (a plain sum) may combine."""
-        return np.concatenate([getattr(self, field.name) for field in fields(self)])
+        """float64 [5 * n] or [groups, 5 * n]: what an all-reduce over the ranks (a plain sum) may combine."""
+        return np.concatenate([getattr(self, field.name) for field in fields(self)], axis=-1)
+
+    def by_group(self) -> list[Statistics]:
+        """Those of each group of layers."""
+        return list(map(Statistics.from_vector, np.atleast_2d(self.to_vector())))
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics.from_vector(self.to_vector() + other.to_vector())
@@ -96,7 +111,7 @@ def missed_shares(statistics: Statistics, num_blocks: int) -> tuple[np.ndarray, 
     missed_at_offset = np.maximum(visible - statistics.chosen_by_offset[:seen], 0)
     prior = PRIOR * visible
     by_offset = np.ones(seen)
-    spectrum = np.fft.rfft(rows, 2 * seen)
+    spectrum = np.fft.rfft(rows, _padded(seen))
     for _ in range(ROUNDS):
         by_distance = missed_at_distance / _pair_sums(spectrum, by_offset)
         by_offset = (missed_at_offset + prior) / (_pair_sums(spectrum, by_distance) + prior)
@@ -109,7 +124,7 @@ def missed_shares(statistics: Statistics, num_blocks: int) -> tuple[np.ndarray, 
 
 def tiles_at_depth(missed_by_distance: np.ndarray, missed_by_offset: np.ndarray) -> np.ndarray:
     """float64 [num_blocks]: expected tiles of a query block at each depth, from `missed_shares`."""
-    spectrum = np.fft.rfft(missed_by_distance[::-1], 2 * len(missed_by_offset))
+    spectrum = np.fft.rfft(missed_by_distance[::-1], _padded(len(missed_by_offset)))
     missed = _pair_sums(spectrum, missed_by_offset)[::-1]
     return np.arange(1, len(missed) + 1) - missed
 
@@ -132,9 +147,14 @@ def columns_at_depth(statistics: Statistics, depth: np.ndarray) -> np.ndarray:
 
 
 def _pair_sums(spectrum: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """For each x the sum over y of rows[x + y] * weights[y]. spectrum: of rows, twice as long with zeros."""
-    size = 2 * len(weights)
+    """For each x the sum over y of rows[x + y] * weights[y]. spectrum: of rows with zeros behind them."""
+    size = _padded(len(weights))
     return np.fft.irfft(spectrum * np.fft.rfft(weights, size).conj(), size)[: len(weights)]
+
+
+def _padded(count: int) -> int:
+    """A power of two, for which transforms are fast, of at least twice as many less one."""
+    return 1 << (2 * int(count) - 1).bit_length()
 
 
 def _extend(share: np.ndarray, visible: np.ndarray, num_blocks: int) -> np.ndarray:

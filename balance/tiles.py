@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from .statistics import Statistics, columns_at_depth, missed_shares, tiles_at_de
 Documents = Sequence[Sequence[tuple[int, int]]]  # for each batch row the token ranges [start, end)
 
 CELLS = 1 << 20  # tiles that the work of ranks with sources is estimated from
-FEW = 8  # ranks that are looked at together, for speed
+FEW, ROWS = 1 << 17, 1 << 15  # tiles of ranks, and of query blocks, that are looked at together, for speed
 KEYS, LEAST = 4, 256  # key blocks of each rank, and of all at least, that needs are estimated from
 SMALLEST = 1e-6  # a share of missed tiles that counts as none
 ALIKE = 0.02  # scales of work that differ less from 1 do not change how it is spread over keys
@@ -32,7 +31,7 @@ class Tiles(ABC):
 
     num_blocks: int
     batch: int
-    sampled = False  # whether `by_source` may look at a sample of large batches
+    cells = 0  # tiles that `by_source` may look at where there are more; 0: at all
 
     @abstractmethod
     def sums(self) -> np.ndarray:
@@ -41,6 +40,10 @@ class Tiles(ABC):
     @abstractmethod
     def work(self, blocks: np.ndarray) -> np.ndarray:
         """float32 [k, num_blocks]: the work of some query blocks with each key block."""
+
+    def summed(self, blocks: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        """float32 [groups, num_blocks]: the work of groups of query blocks, see `log_missed`."""
+        return np.add.reduceat(self.work(blocks), bounds[:-1])
 
     @abstractmethod
     def log_missed(self, blocks: np.ndarray, bounds: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -52,25 +55,25 @@ class Tiles(ABC):
     def by_source(self, layout: Layout) -> np.ndarray:
         """float64 [W, W]: the work of each rank with the keys of each rank.
 
-        Where it may and there are more than `CELLS` tiles, a rank's profile is that of an even sample of its
-        query blocks; its total is that of all.
+        Where it may not look at all tiles a rank's profile is that of an even sample of its query blocks; its
+        total is that of all.
         """
-        sums, world = self.sums(), layout.world
-        held = [np.array(blocks, dtype=np.int64) for blocks in layout.assignment]
-        stride = max(1, self.num_blocks**2 * self.batch // CELLS) if self.sampled else 1
-        samples = [blocks[min(stride, len(blocks)) // 2 :: stride] for blocks in held]
-        order, starts = np.concatenate(held), np.concatenate([[0], np.cumsum(layout.blocks_per_rank)])
-        filled = np.flatnonzero(np.diff(starts))
+        order, world = layout.order, layout.world
+        stride = max(1, self.num_blocks**2 * self.batch // self.cells) if self.cells else 1
+        filled = np.flatnonzero(layout.blocks_per_rank)
+        starts, ends = layout.bounds[filled], layout.bounds[filled + 1]
         result = np.zeros((world, world))
-        for count, ranks in groupby(filled.tolist(), key=lambda rank: len(samples[rank])):
-            ranks = list(ranks)
-            for few in (ranks[i : i + FEW] for i in range(0, len(ranks), FEW)):
-                rows = self.work(np.concatenate([samples[rank] for rank in few]))
-                by_key = rows.reshape(len(few), count, -1).sum(1).take(order, axis=1)
-                result[np.ix_(few, filled)] = np.add.reduceat(
-                    by_key, starts[filled], axis=1, dtype=np.float64
-                )
-        totals = np.add.reduceat(sums[order], starts[filled])
+        parts = range(0, len(filled), max(1, FEW // self.num_blocks))
+        for few in map(slice, parts, (*parts[1:], None)):
+            samples = [
+                order[start + min(stride, end - start) // 2 : end : stride]
+                for start, end in zip(starts[few], ends[few], strict=True)
+            ]
+            bounds = np.concatenate([[0], np.cumsum([len(sample) for sample in samples])])
+            by_key = self.summed(np.concatenate(samples), bounds).take(order, axis=1)
+            sources = np.add.reduceat(by_key, starts, axis=1, dtype=np.float64)
+            result[np.ix_(filled[few], filled)] = sources
+        totals = np.add.reduceat(self.sums()[order], starts)
         seen = result.sum(1)[filled]
         result[filled] *= np.divide(totals, seen, out=np.zeros(len(filled)), where=seen > 0)[:, None]
         return result
@@ -82,10 +85,8 @@ class Tiles(ABC):
         of whose blocks is among them, the others are taken to need as much as of all.
         """
         world = layout.world
-        blocks = np.concatenate([np.array(held, dtype=np.int64) for held in layout.assignment])
-        bounds = np.concatenate([[0], np.cumsum(layout.blocks_per_rank)])
         keys = sampled_keys(self.num_blocks, max(LEAST, KEYS * world))
-        missed = np.exp(self.log_missed(blocks, bounds, keys)).round(6)
+        missed = np.exp(self.log_missed(layout.order, layout.bounds, keys)).round(6)
         needed, owner = len(missed) - missed.sum(0), layout.source_of_block[keys]
         cells = (np.arange(world)[:, None] * world + owner).ravel()
         sums = np.bincount(cells, needed.ravel(), world * world).reshape(world, world)
@@ -129,7 +130,7 @@ class ExpectedTiles(Tiles):
     first: int [B, num_blocks], see `first_blocks`. missed_by_distance, missed_by_offset: [num_blocks],
     float32; their product, at most 1, is the share of heads expected not to choose a visible tile. scale:
     float64 [num_blocks], by depth, what that makes of the work of a query block is to be multiplied with.
-    heads: query heads of a key head, taken to choose independently.
+    heads: query heads of a key head, taken to choose independently. cells: see `Tiles`.
     """
 
     first: np.ndarray
@@ -137,8 +138,7 @@ class ExpectedTiles(Tiles):
     missed_by_offset: np.ndarray
     scale: np.ndarray
     heads: float = 1
-
-    sampled = True
+    cells: int = CELLS
 
     @property
     def num_blocks(self) -> int:
@@ -174,20 +174,35 @@ class ExpectedTiles(Tiles):
         return tuple(np.lib.stride_tricks.sliding_window_view(each, n) for each in padded)
 
     def work(self, blocks: np.ndarray) -> np.ndarray:
-        by_distance, by_offset = self._windows
-        total, scaled = None, np.abs(self.scale - 1).max() > ALIKE
-        for first in self.first[:, blocks]:
-            missed = by_distance[self.num_blocks - 1 - blocks]
-            if first.any():
-                missed *= by_offset[self.num_blocks - np.minimum(first, self.num_blocks)]
-            else:
-                missed *= by_offset[self.num_blocks]
-            np.subtract(1, np.minimum(missed, 1, out=missed), out=missed)
-            if scaled:
-                missed *= self.scale[np.maximum(blocks - first, 0), None].astype(np.float32)
-                np.minimum(missed, 1, out=missed)
-            total = missed if total is None else np.add(total, missed, out=total)
+        return self.summed(blocks, np.arange(len(blocks) + 1))
+
+    def summed(self, blocks: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+        group = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+        total = np.zeros((len(bounds) - 1, self.num_blocks), dtype=np.float32)
+        order, few = np.argsort(blocks, kind="stable"), max(1, ROWS // self.num_blocks)
+        for some in np.split(order, range(few, len(order), few)):  # which see about the same keys
+            for first in self.first[:, blocks[some]]:
+                low, high = int(first.min()), int(blocks[some[-1]]) + 1
+                if low < high:
+                    rows = self._rows(blocks[some], first, slice(low, high))
+                    for number, row in zip(group[some].tolist(), rows, strict=True):
+                        total[number, low:high] += row
         return total
+
+    def _rows(self, blocks: np.ndarray, first: np.ndarray, keys: slice) -> np.ndarray:
+        """float32 [k, keys]: work of query blocks of one batch row."""
+        by_distance, by_offset = self._windows
+        missed = by_distance[self.num_blocks - 1 - blocks, keys]
+        missed *= by_offset[self.num_blocks - np.minimum(first, self.num_blocks), keys]
+        np.subtract(1, np.minimum(missed, 1, out=missed), out=missed)
+        if self._scaled:
+            missed *= self.scale[np.maximum(blocks - first, 0), None].astype(np.float32)
+            np.minimum(missed, 1, out=missed)
+        return missed
+
+    @cached_property
+    def _scaled(self) -> bool:
+        return bool(np.abs(self.scale - 1).max() > ALIKE)
 
     def log_missed(self, blocks: np.ndarray, bounds: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Along a run of query blocks the product of shares is a difference of prefix sums of logarithms."""
@@ -209,12 +224,19 @@ class ExpectedTiles(Tiles):
         cut[bounds[(bounds > 0) & (bounds < len(blocks))] - 1] = True
         starts = np.concatenate([[0], np.flatnonzero(cut) + 1])
         ends = np.append(starts[1:], len(blocks))
-        begin, end, firsts = (x[:, None] for x in (blocks[starts], blocks[ends - 1] + 1, firsts[starts]))
-        near, far = np.maximum(begin - keys, 0), np.maximum(end - keys, 0)
-        logs = by_distance[far] - by_distance[near]
-        logs += (far - near) * by_offset[keys - firsts]  # of a negative offset anything: not visible
-        logs = np.where(keys >= firsts, np.minimum(logs, 0), 0)
-        return _group_sums(logs, np.searchsorted(starts, bounds))
+        begin, end, firsts = blocks[starts], blocks[ends - 1] + 1, firsts[starts]
+        # The keys that each run sees, one run after the other.
+        seen = np.searchsorted(keys, firsts)
+        counts = np.maximum(np.searchsorted(keys, end) - seen, 0)
+        run = np.repeat(np.arange(len(counts)), counts)
+        place = np.arange(len(run)) - np.repeat(counts.cumsum() - counts - seen, counts)
+        key = keys[place]
+        near, far = np.maximum(begin[run] - key, 0), end[run] - key
+        logs = by_distance[far] - by_distance[near] + (far - near) * by_offset[key - firsts[run]]
+        group = np.searchsorted(bounds, starts, side="right") - 1
+        cells = group[run] * len(keys) + place
+        sums = np.bincount(cells, np.minimum(logs, 0), (len(bounds) - 1) * len(keys))
+        return sums.reshape(-1, len(keys))
 
 
 def _group_sums(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -262,18 +284,19 @@ def expected_tiles(
     block_size: int,
     statistics: Statistics | None = None,
     heads: float = 1,
+    cells: int = CELLS,
 ) -> ExpectedTiles:
-    """Expected tile work of a batch from its documents and from what earlier plans chose.
+    """Expected tile work of a batch from its documents and from what earlier plans of a layer group chose.
 
     Without statistics (or with empty ones) every visible tile counts as 1. Statistics may come from
-    another number of blocks. heads: see ExpectedTiles.
+    another number of blocks. heads, cells: see ExpectedTiles.
     """
     first = first_blocks(documents, num_blocks, block_size)
     if statistics is None or not statistics.rows_by_depth.any():
         nothing, scale = np.zeros(num_blocks, dtype=np.float32), np.ones(num_blocks)
-        return ExpectedTiles(first, nothing, nothing, scale, heads)
+        return ExpectedTiles(first, nothing, nothing, scale, heads, cells)
     missed = tuple(share.astype(np.float32) for share in missed_shares(statistics, num_blocks))
-    return ExpectedTiles(first, *missed, work_scale(statistics, *missed), heads)
+    return ExpectedTiles(first, *missed, work_scale(statistics, *missed), heads, cells)
 
 
 def expected_columns(

@@ -7,7 +7,7 @@ a JSON file; `H200` are those that come with the package.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,10 @@ class KernelCost:
         seconds = np.concatenate([self.tile * tiles + self.row * rows, self.column * columns], axis=-1)
         return np.maximum(seconds, self.launch * (work > 0))
 
+    def scaled(self, factor: float) -> KernelCost:
+        """So many times the work; launches take as long."""
+        return KernelCost(self.tile * factor, self.row * factor, self.column * factor, self.launch)
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -73,6 +77,12 @@ class Constants:
         if nodes < 1 or world % nodes:
             raise ValueError(f"{world} ranks on {nodes} nodes; there must be equally many on each")
         return Topology(nodes, world // nodes, self.inside, self.between, self.memory, shared)
+
+    def with_dim(self, dim: int) -> Constants:
+        """The same machine with heads of another width, to which the time of kernels is taken to be in
+        proportion."""
+        kernels = (self.forward.scaled(dim / self.dim), self.backward.scaled(dim / self.dim))
+        return replace(self, dim=dim, forward=kernels[0], backward=kernels[1])
 
 
 @dataclass(frozen=True)

@@ -172,16 +172,23 @@ def alone_ms(options, pattern) -> float:
 
 
 def recorded(options, run) -> list[dict]:
-    """Kernels of one run on this rank: name, stream, begin and end in ms; empty on the CPU."""
+    """Kernels of one run on this rank: name, stream, begin and end in ms; empty on the CPU.
+
+    The profiler starts at its own time on every rank, so they meet once more behind that.
+    """
     if options.device.type != "cuda":
         return []
-    dist.barrier()
-    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        dist.barrier()
+        torch.cuda.synchronize()
         run()
         torch.cuda.synchronize()
     events = [x for x in seen.profiler.kineto_results.events() if x.device_type().name == "CUDA"]
-    events = [x for x in events if x.duration_ns() > 0]
+    events = sorted((x for x in events if x.duration_ns() > 0), key=lambda x: x.start_ns())
+    barrier = next(
+        (x.start_ns() + x.duration_ns() for x in events if "nccl" in x.name().lower()), 0
+    )  # a message as any other
+    events = [x for x in events if x.start_ns() >= barrier]
     first = min(x.start_ns() for x in events)
     return [
         dict(name=x.name(), stream=x.device_resource_id(), begin=(x.start_ns() - first) / 1e6,

@@ -1,6 +1,6 @@
 """Predicted speed of attention on 8 to 1024 GPUs: the schedules of the engine on an event model.
 
-    python benchmarks/simulate.py                  # every case, sensitivity, CSV and picture
+    python benchmarks/simulate.py                  # every case, sensitivity, CSV and picture: half an hour
     python benchmarks/simulate.py --worlds 8 64 --tokens 524288
     torchrun --nproc-per-node 2 benchmarks/simulate.py --check --constants constants.json
 

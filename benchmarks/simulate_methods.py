@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -91,8 +91,20 @@ def _log_uniform(n: int, density: float) -> np.ndarray:
 # -- work and needs under a layout --------------------------------------------------------------------
 
 
+@lru_cache(maxsize=16)
+def work_by_source(pattern: Pattern, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """[W, W] each: tiles, and column work in tiles, of each rank's queries with each rank's keys."""
+    tiles = tiles_by_source(layout, pattern.distances.mean(0))
+    return tiles, columns_by_source(layout, pattern.columns())
+
+
+@lru_cache(maxsize=16)
+def runs_of(layout: Layout) -> list[list[tuple[int, int]]]:
+    """The blocks of each rank as ranges [a, b)."""
+    return [list(runs(blocks)) for blocks in layout.assignment]
+
+
 def runs(blocks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The blocks of a rank as ranges [a, b)."""
     held = np.sort(np.array(blocks))
     breaks = np.flatnonzero(np.diff(held) > 1) + 1
     for part in np.split(held, breaks):
@@ -104,9 +116,9 @@ def tiles_by_source(layout: Layout, by_distance: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(by_distance)])
     owner, by_key = layout.source_of_block, np.empty(layout.num_blocks)
     found = np.empty((layout.world, layout.world))
-    for rank, blocks in enumerate(layout.assignment):
+    for rank, held in enumerate(runs_of(layout)):
         by_key[:] = 0
-        for a, b in runs(blocks):
+        for a, b in held:
             by_key[:b] += total[b:0:-1]
             by_key[:a] -= total[a:0:-1]
         found[rank] = np.bincount(owner, by_key, layout.world)
@@ -135,9 +147,9 @@ def needed_by_source(layout: Layout, distances: np.ndarray) -> np.ndarray:
     touched = np.empty(layout.num_blocks, dtype=bool)
     for head, chosen in enumerate(distances.any(1)):
         total = np.concatenate([[0], np.cumsum(chosen, dtype=np.int32)])
-        for rank, blocks in enumerate(layout.assignment):
+        for rank, held in enumerate(runs_of(layout)):
             touched[:] = False
-            for a, b in runs(blocks):
+            for a, b in held:
                 touched[:a] |= total[b : b - a : -1] > total[a:0:-1]
                 touched[a:b] = True  # the diagonal
             found[head, rank] = np.bincount(owner, touched, layout.world)
@@ -248,8 +260,8 @@ def exchanged(
 
 
 def _exchanged(setting, exchange, layout, one_channel, columns_apart) -> Outcome:
-    tiles = tiles_by_source(layout, setting.pattern.distances.mean(0)) * setting.noise((setting.world,) * 2)
-    columns = columns_by_source(layout, setting.pattern.columns())
+    tiles, columns = work_by_source(setting.pattern, layout)
+    tiles = tiles * setting.noise((setting.world,) * 2)
     if not columns_apart:
         tiles, columns = tiles + columns * _column_pace(setting), np.zeros_like(columns)
     keys, need = float(setting.blocks * KEY_HEADS * setting.block_bytes), 1.0
@@ -303,9 +315,9 @@ def gathered(setting: Setting) -> Outcome:
     The collectives use every adapter of a node: bytes of all other nodes over those of the node's ranks.
     """
     layout = zigzag(setting.pattern.blocks, setting.world, BLOCK)
-    work = tiles_by_source(layout, setting.pattern.distances.mean(0)) * setting.noise((setting.world,) * 2)
-    columns = columns_by_source(layout, setting.pattern.columns()).sum(1)
-    work = np.stack([work.sum(1), columns], axis=1)
+    tiles, columns = work_by_source(setting.pattern, layout)
+    tiles = tiles * setting.noise((setting.world,) * 2)
+    work = np.stack([tiles.sum(1), columns.sum(1)], axis=1)
     compute = [setting.seconds(way, work, setting.blocks).sum(1) for way in ("forward", "backward")]
     keys = setting.world * setting.blocks * KEY_HEADS * setting.block_bytes
     moves = [_collective(setting, size) for size in (keys, keys, FP32 // BF16 * keys)]  # and gradients

@@ -53,7 +53,8 @@ def forward(q, k, v, bound: BoundPlan, ring: Ring, scale: float) -> tuple[Tensor
     columns = _start_columns(k, v, bound, ring, "forward")
     out, lse = carried(q)
     for step, keys in ring.keys(k, v, "forward"):
-        ring.steps.forward_step(q, *keys, bound, step, out, lse, scale, fresh=step == 0)
+        if keys is not None:
+            ring.steps.forward_step(q, *keys, bound, step, out, lse, scale, fresh=step == 0)
     if columns is not None:
         ring.steps.forward_columns(q, *_arrived(columns), bound, out, lse, scale)
     return out, lse
@@ -66,12 +67,14 @@ def backward(q, k, v, out, lse, dout, dlse, bound: BoundPlan, ring: Ring, scale:
     dout = dout.contiguous()
     gradients = ring.gradients(k)
     for step, keys in ring.keys(k, v, "backward"):
-        if keys is None:  # the first keys are on their way
+        if step < 0:  # the first keys are on their way
             delta = output_delta(out, dout, dlse)
             dq = accumulators(q)
             continue
-        gradient = accumulators(keys)
-        ring.steps.backward_step(q, *keys, dout, lse, delta, bound, step, dq, *gradient, scale)
+        gradient = None
+        if keys is not None:
+            gradient = accumulators(keys)
+            ring.steps.backward_step(q, *keys, dout, lse, delta, bound, step, dq, *gradient, scale)
         gradients.add(step, gradient)
     if columns is not None:
         kept = _arrived(columns)

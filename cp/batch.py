@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.geometry import Documents, check_length
+from ..kernels.geometry import Documents, Geometry, check_length
 
 IGNORE = -100  # label of a token without a loss
 KNOWN = (
@@ -126,6 +126,13 @@ def position_ids(batch: dict[str, Tensor], documents: Documents, size: int, leng
         for start, end in ranges:
             positions[row, start:end] = torch.arange(end - start)
     return positions.to(next(iter(batch.values())).device)
+
+
+def take(x: Tensor, geometry: Geometry, fill: int) -> Tensor:
+    """[B, S, ...] -> this rank's tokens [B, S', ...] in physical order, padding filled."""
+    tail = geometry.num_tokens - x.shape[1]
+    pad = (0, 0) * (x.dim() - 2) + (0, tail)
+    return torch.nn.functional.pad(x, pad, value=fill)[:, geometry.positions].contiguous()
 
 
 def fingerprint(x: Tensor) -> int:

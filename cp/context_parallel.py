@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..balance import (
-    H200,
-    Decision,
-    Layout,
-    PlannerState,
-    Schedule,
-    Statistics,
-    resolve,
-    schedule_of,
-    step_of_source,
-)
+from ..balance import H200, Constants, Decision, Layout, resolve
 from ..balance.layout import named
-from ..kernels.attention import IMPLEMENTATIONS, check_inputs, check_mask_heads, check_scale, steps
+from ..kernels.attention import IMPLEMENTATIONS
 from ..kernels.geometry import Geometry, check_length
-from ..kernels.patterns import PATTERNS, Pattern
+from ..kernels.patterns import Pattern
 from ..kernels.patterns.base import check_counts
 from ..kernels.plan import Plan
+from .agreement import check_agreement, check_parameters
 from .attach import attach_model, detach_model, head_of
-from .batch import (
-    IGNORE,
-    KNOWN,
-    check_batch,
-    find_documents,
-    fingerprint,
-    position_ids,
-    shift_labels,
-)
-from .coverage import check_keys, count_keys
+from .batch import IGNORE, check_batch, find_documents, position_ids, shift_labels, take
+from .call import attend
+from .coverage import check_keys
 from .errors import Place
-from .estimate import sampled_recall
-from .exchange import check_exchange, resolve_exchange
-from .finite import check_finite
-from .heads import sharded_attention
-from .isolated import isolated
+from .exchange import check_exchange, exchange_name, fixed_exchange
 from .link import Link
-from .loss import GlobalLoss, checksum, sum_gradients, token_loss_sum
+from .loss import GlobalLoss, count_labels, sum_gradients, token_loss_sum
 from .mesh import connect
-from .move import MOVABLE, movable_layers
-from .record import Record
+from .patterns import patterns_by_layer
+from .planning import Planning
 from .report import Report, combine
-from .shard import Shard, full_plans
-from .transport import Alone, Distributed, Transport, agree
+from .shard import Shard, full_plans, unshard
+from .transport import Alone, Distributed
 from .verify import Verification, verify_model
-
-Known = tuple[Statistics | None, list[str]]  # of a step: for the planner, and where queries may move
 
 
 class ContextParallel:
@@ -70,7 +46,12 @@ class ContextParallel:
     exchange: how keys reach the ranks that need them: "ring"; "hierarchical", a ring of nodes around rings
         inside of them; "gather", from every rank to all others at once; "pull", of needed blocks; "heads",
         all tokens of a share of the heads; ("heads", "ring"), that inside a node and a ring of nodes; "auto":
-        hierarchical if there are two axes, else ring.
+        chosen each step by predicted time, from what attention was two steps before, among a ring
+        (hierarchical if there are two axes; until attention is known it is that), a pull and heads. Not
+        gather, whose memory grows with the whole sequence, a pull of more than half of the keys, or heads
+        that ranks cannot share or that have plans of their own.
+    machine: cost constants that times are predicted with; those of H200 GPUs, or of the machine at hand by
+        `sparring.balance.read_constants` of the file that benchmarks/calibrate.py writes; equal on all ranks.
     grad_reduce: "mean" if FSDP or DDP average gradients over data and context-parallel ranks, "sum" with
         `sum_gradients` (or anything else that sums).
     deterministic: bit-identical from run to run, at some cost in the backward on Hopper GPUs.
@@ -100,6 +81,7 @@ class ContextParallel:
         recall_every: int = 10,
         count_keys: int = 1,
         impl: str = "auto",
+        machine: Constants = H200,
         timeout: float = 300.0,
     ):
         check_exchange(exchange)
@@ -115,18 +97,14 @@ class ContextParallel:
             named(layout, 1, 1, block_size)  # raises if there is no such layout
         groups = connect(mesh, axes, data_axes, timeout)
         self.transport, self.everyone = groups.ring, groups.everyone
-        self.patterns = _patterns(pattern)
-        self.exchange = resolve_exchange(exchange, axes, self.transport)
-        self.layout, self.grad_reduce = layout, grad_reduce
+        self.patterns = patterns_by_layer(pattern)
+        self.exchange = exchange_name(exchange, axes, self.transport)
+        self.layout, self.machine, self.grad_reduce = layout, machine, grad_reduce
         self.deterministic, self.debug, self.impl = deterministic, debug, impl
         self.block_size, self.recall_every, self.count_keys = block_size, recall_every, count_keys
         self.model: nn.Module | None = None
-        self._step = self._sharded = 0  # steps of the run, and those seen by this object
-        self._planner = PlannerState()
-        self.machine = H200  # what moving query blocks is weighed by
-        self._statistics: Statistics | None = None
-        self._movable: list[str] = []  # layers where moving query blocks could have paid
-        self._pending: deque = deque()  # records of steps whose statistics have not been used yet
+        self._planning = Planning(layout, self.exchange, self.transport, block_size, machine)
+        self._sharded = 0  # steps seen by this object
         self._last: tuple | None = None  # record, transport and decision of the last shard
         self._replay: dict[Hashable, Plan] | None = None
         self._agreed: dict = {}  # kinds of calls, and the step in which all ranks compared theirs
@@ -198,120 +176,49 @@ class ContextParallel:
         labels = shift_labels(batch, documents, length)
         shard = Shard(
             cp=self,
-            step=self._step,
+            step=self._planning.step,
             layout=decision.layout,
             decision=decision,
             transport=transport,
             geometry=geometry,
             length=length,
-            labels=None if labels is None else _take(labels, geometry, IGNORE),
+            labels=None if labels is None else take(labels, geometry, IGNORE),
             tokens=0,
-            movable=self._movable if self._may_move(transport) else None,
+            movable=self._planning.movable(decision) if transport is self.transport else None,
+            dead_hops=self._planning.known.dead_hops if transport is self.transport else (),
             replayed=self._replay,
-            sample_recall=bool(self.recall_every) and self._step % self.recall_every == 0,
+            sample_recall=bool(self.recall_every) and self._planning.step % self.recall_every == 0,
             count_keys=self._sharded < self.count_keys,
         )
         positions = position_ids(batch, documents, size, length)
         shard.tensors = self._tensors(batch, positions, geometry)
         shard.last_position = positions.max()
         if transport is self.transport:
-            self._check_agreement(shard, batch)
-            self._check_parameters()
-            self._pending.append(shard.record)
+            check_agreement(shard, batch)
+            if self.model is not None and shard.step == 1:
+                check_parameters(self.model, self.everyone)
+            self._planning.add(shard.record, shard.calls)
             self._last = (shard.record, transport, shard.decision)
-            self._step, self._sharded = self._step + 1, self._sharded + 1
-        shard.tokens = self._count_labels(shard)
+            self._sharded += 1
+        group = self.everyone if transport is self.transport else Alone()
+        shard.tokens = count_labels(shard.labels, group, shard.geometry.device)
         shard.prepare()
         return shard
 
-    def _decide(self, documents, num_blocks: int, transport, layout) -> Decision:
-        wanted = self.layout if layout is None else layout
-        own = transport is self.transport
-        if own:
-            self._collect_statistics()
-        decision = resolve(
-            wanted,
-            documents,
-            num_blocks,
-            transport.size,
-            self.block_size,
-            self._statistics,
-            self._planner,
-            step_of_source(self.exchange, transport.size, transport.nodes),
-        )
-        if own:
-            self._planner = decision.state
-        return decision
-
-    def _collect_statistics(self) -> None:
-        """Reduces the plans of all but the last step: at step n the planner knows those of step n - 2."""
-        while len(self._pending) > 1:
-            known = self._reduced(self._pending.popleft())
-            if known[0] is not None:
-                self._statistics, self._movable = known
-
-    def _reduced(self, step: Record | Known) -> Known:
-        if not isinstance(step, Record):
-            return step
-        check_keys(step.keys, self.transport)
-        statistics = step.statistics(self.transport, self.block_size)
-        return statistics, movable_layers(step.loads, self.transport)
-
-    def _may_move(self, transport) -> bool:
-        """Whether query blocks may move inside layers: only where the planner chooses who holds what."""
-        return self.layout == "auto" and self.exchange in MOVABLE and transport.size > 1
+    def _decide(self, documents, num_blocks: int, transport, layout: str | Layout | None) -> Decision:
+        """layout: of a shard that is no step of the run, where nothing is left to choose."""
+        if layout is None:
+            return self._planning.decide(documents, num_blocks)
+        decision = resolve(layout, documents, num_blocks, transport.size, self.block_size)
+        return replace(decision, exchange=fixed_exchange(self.exchange, transport))
 
     def _tensors(self, batch, positions: Tensor, geometry: Geometry) -> dict[str, Tensor]:
         given = {name: batch[name] for name in ("input_ids", "inputs_embeds") if name in batch}
-        return {name: _take(x, geometry, 0) for name, x in (given | {"position_ids": positions}).items()}
-
-    def _count_labels(self, shard: Shard) -> int:
-        """Over all ranks; replicas without labels count as zero and take part all the same."""
-        count = torch.zeros((), dtype=torch.int64, device=shard.geometry.device)
-        if shard.labels is not None:
-            count += (shard.labels != IGNORE).sum()
-        group = self.everyone if shard.transport is self.transport else Alone()
-        group.all_reduce(count).wait()
-        return int(count)
-
-    def _check_agreement(self, shard: Shard, batch: dict[str, Tensor]) -> None:
-        """Ranks prove that they hold the same batch and chose the same layout."""
-        names = ("step", "batch size", "length", *KNOWN, "layout")
-        contents = [fingerprint(batch[name]) if name in batch else 0 for name in KNOWN]
-        values = [self._step, shard.geometry.batch, shard.length, *contents, shard.layout.digest()]
-        agree(self.transport, dict(zip(names, values, strict=True)), shard.geometry.device)
-
-    def _check_parameters(self) -> None:
-        """At the second shard: replicated parameters must still be equal, or gradients were not summed."""
-        if self.model is None or self._step != 1:
-            return
-        sums = checksum(self.model.parameters())
-        if sums is not None:
-            table = self.everyone.all_gather(sums)
-            differing = (table != table[0]).any(0).nonzero()[:, 0].tolist()
-            if differing:
-                names = [n for n, p in self.model.named_parameters() if not hasattr(p, "placements")]
-                raise ValueError(
-                    f"{len(differing)} of {len(names)} replicated parameters differ between ranks, first "
-                    f"{names[differing[0]]}; start from one seed and call cp.sum_gradients(model) before "
-                    "the optimizer step, or wrap the model in DDP or FSDP over data and cp axes"
-                )
+        return {name: take(x, geometry, 0) for name, x in (given | {"position_ids": positions}).items()}
 
     def unshard(self, x: Tensor, shard: Shard, dim: int = 1) -> Tensor:
         """The full tensor in logical order, without padding, from every rank's [..., S', ...] at dim."""
-        width = max(shard.layout.blocks_per_rank) * shard.layout.block_size
-        if x.shape[dim] != shard.local_length:
-            raise ValueError(
-                f"dim {dim} has {x.shape[dim]} entries, this rank holds {shard.local_length} tokens; "
-                "say which dim is the sequence"
-            )
-        x = x.detach().movedim(dim, 0).contiguous()
-        pad = (0, 0) * (x.dim() - 1) + (0, width - x.shape[0])
-        parts = shard.transport.all_gather(torch.nn.functional.pad(x, pad))
-        counts = [n * shard.layout.block_size for n in shard.layout.blocks_per_rank]
-        physical = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-        inverse = torch.from_numpy(shard.layout.inverse).to(x.device)
-        return physical[inverse][: shard.length].movedim(0, dim)
+        return unshard(x, shard, dim)
 
     # -- inside the step --------------------------------------------------------------------------
 
@@ -327,65 +234,15 @@ class ContextParallel:
         if torch.compiler.is_compiling():
             from .uncompiled import uncompiled  # imports the compiler, so not with the package
 
-            return uncompiled(self._attention, q, k, v, shard, layer, scale)
-        return self._attention(q, k, v, shard, layer, scale)
+            return uncompiled(attend, self, q, k, v, shard, layer, scale)
+        return attend(self, q, k, v, shard, layer, scale)
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shard: Shard, layer: Hashable, scale: float | None
-    ) -> Tensor:
-        if not isinstance(shard, Shard):
-            raise TypeError(f"shard is a {type(shard).__name__}; pass what cp.shard(batch) returned")
-        if shard.cp is not self:
-            raise ValueError("the shard is of another ContextParallel; pass what cp.shard(batch) returned")
-        if any(isinstance(x, DTensor) for x in (q, k, v)):
-            raise NotImplementedError("q, k or v is a DTensor; pass local tensors, x.to_local()")
-        check_inputs(q, k, v, shard.geometry)
-        if q.shape[2] != shard.local_length:
-            raise ValueError(
-                f"q has {q.shape[2]} tokens, this rank holds {shard.local_length} of the sequence; pass "
-                "the model shard.inputs, and no cache"
-            )
-        scale = check_scale(scale, q.shape[3])
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        with isolated(q.device):
-            first = self._check_call(q, k, shard, layer)
-            if self.debug:
-                check_finite({"q": q, "k": k, "v": v}, layer, shard.transport)
-            bound = shard.plan(layer, q.detach(), k.detach(), v.detach(), scale)
-            check_mask_heads(bound.plan, q.shape[1], k.shape[1])
-            shard.record.ran(layer, bound)
-            around = shard.ring(layer, steps(self.impl, q, self.block_size, self.deterministic), first)
-            if shard.count_keys:  # before the attention, after which recomputation may stop
-                shard.record.keys.setdefault(layer, []).append(count_keys(q, k, v, bound, around, scale))
-            out, lse = sharded_attention(q, k, v, bound, around, scale)
-            if shard.sample_recall and layer not in shard.record.recall:
-                with torch.no_grad():
-                    shard.record.recall[layer] = sampled_recall(
-                        q, k, lse, shard.geometry, shard.link("recall", layer), scale
-                    )
-        return out
-
-    def _check_call(self, q: Tensor, k: Tensor, shard: Shard, layer: Hashable) -> bool:
-        """Ranks prove that they are in the same layer with equal shapes; returns whether they did.
-
-        In every forward, recomputation and backward of the first step with such a call, in debug always.
-        Synchronises then. What travels in a ring must have the same size everywhere, and gloo aborts the
-        process, or fills tensors with rubbish, where it has not.
-        """
-        call = {"query heads": q.shape[1], "key heads": k.shape[1], "head dim": q.shape[3], "dtype": q.dtype}
-        first = self._first((layer, *call.values(), shard.transport.size), shard)
-        shard.link("forward", layer, first).enter(q.device, **call)
-        return first
-
-    def _first(self, call: Hashable, shard: Shard) -> bool:
+    def first(self, call: Hashable, shard: Shard) -> bool:
         """Whether this step is the first with such a call."""
         return self._agreed.setdefault(call, shard.step) == shard.step
 
     def pattern_of(self, layer: Hashable) -> Pattern:
         return self.patterns.get(layer, self.patterns["default"])
-
-    def schedule(self, transport: Transport) -> Schedule:
-        return schedule_of(self.exchange, transport.rank, transport.size, transport.nodes)
 
     def loss(
         self,
@@ -415,7 +272,7 @@ class ContextParallel:
         total = token_loss_sum(hidden, shard.labels, head, vocab)
         count = shard.tokens if tokens is None else tokens
         group = self.everyone if shard.transport is self.transport else Alone()
-        entry = self._first(("loss", group.size), shard)
+        entry = self.first(("loss", group.size), shard)
         group = Link(group, Place(shard.step, phase="loss"), {}, self.debug, entry)
         group.enter(total.device, labels=count)
         scale = group.size if self.grad_reduce == "mean" else 1
@@ -439,7 +296,7 @@ class ContextParallel:
         of = self._last if shard is None else (shard.record, shard.transport, shard.decision)
         record, transport, decision = of
         check_keys(record.keys, transport)
-        return combine(record, transport, decision, self.exchange)
+        return combine(record, transport, decision)
 
     def plans(self, shard: Shard) -> dict[Hashable, Plan]:
         """Plans of the whole sequence by layer, for `replay`. All ranks call it."""
@@ -460,40 +317,8 @@ class ContextParallel:
 
     def state_dict(self) -> dict[str, Any]:
         """The planner's memory, plain numbers and lists. All ranks call it, between steps."""
-        self._pending = deque(map(self._reduced, self._pending))
-        known = [(self._statistics, self._movable), *self._pending]
-        vectors = [None if each is None else each.to_vector().tolist() for each, _ in known]
-        state = {"step": self._step, "planner": self._planner.to_dict(), "statistics": vectors}
-        return state | {"movable": [layers for _, layers in known]}
+        return self._planning.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._step = state["step"]
-        self._planner = PlannerState.from_dict(state["planner"])
-        known = [v if v is None else Statistics.from_vector(np.array(v)) for v in state["statistics"]]
-        (self._statistics, self._movable), *pending = zip(known, state["movable"], strict=True)
-        self._pending = deque(pending)
-
-
-def _take(x: Tensor, geometry: Geometry, fill: int) -> Tensor:
-    """[B, S, ...] -> this rank's tokens [B, S', ...] in physical order, padding filled."""
-    tail = geometry.num_tokens - x.shape[1]
-    pad = (0, 0) * (x.dim() - 2) + (0, tail)
-    return torch.nn.functional.pad(x, pad, value=fill)[:, geometry.positions].contiguous()
-
-
-def _patterns(pattern) -> dict[Hashable, Pattern]:
-    """{layer: Pattern} with a "default"."""
-    table = dict(pattern) if isinstance(pattern, Mapping) else {"default": pattern}
-    table.setdefault("default", "vertical-slash")
-    for layer, choice in table.items():
-        if isinstance(choice, str):
-            if choice not in PATTERNS:
-                raise ValueError(f"pattern {choice!r} is unknown; use one of {list(PATTERNS)} or an object")
-            table[layer] = PATTERNS[choice]()
-        elif not isinstance(choice, Pattern):
-            raise ValueError(
-                f"pattern {choice!r} of layer {layer!r} is neither a Pattern nor a name; use an object, or "
-                f"one of {list(PATTERNS)}"
-            )
-    return table
+        self._planning.load_state_dict(state)

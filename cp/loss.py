@@ -50,6 +50,15 @@ def _precision(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def count_labels(labels: Tensor | None, group: Transport, device: torch.device) -> int:
+    """Over all ranks; replicas without labels count as zero and take part all the same. Synchronises."""
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    if labels is not None:
+        count += (labels != IGNORE).sum()
+    group.all_reduce(count).wait()
+    return int(count)
+
+
 class GlobalLoss(torch.autograd.Function):
     """Value: the sum over all ranks. Gradient: of this rank's share, times `scale`."""
 

@@ -23,7 +23,6 @@ from ..kernels.plan import Plan
 from .attention import backward, forward
 from .isolated import isolated
 from .link import Link
-from .pull import to_host
 from .ring import Ring
 from .transport import Transport
 
@@ -101,7 +100,7 @@ def move_queries(
     table = work.new_zeros(3, geometry.num_blocks)
     table.index_copy_(1, geometry.block_ids, torch.cat((work, seen.to(work.dtype)[None])))
     link.all_reduce(table).wait()  # every block is on one rank: sums with zeros are exact
-    tiles, columns, visible = to_host(table).numpy()
+    tiles, columns, visible = link.to_host(table).numpy()
     computes = move_blocks(tiles + columns, layout, cost)
     if computes is None:
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .transport import Alone, Pending, Transport
+from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Part:
 
     def all_to_all(self, send, sends, receive, receives, channel) -> Pending:
         return self.whole.all_to_all(send, self._of_all(sends), receive, self._of_all(receives), channel)
+
+    def one_sided(self, device) -> bool:
+        return False
+
+    def publish(self, x, rows, channel) -> Window:
+        raise AssertionError("a part of a group sends messages")
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         """Every member combines a share of x, in the order of ranks, and all gather the shares."""

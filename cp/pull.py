@@ -1,14 +1,16 @@
 """Pull: each rank gets exactly the blocks, of each key head, that the tiles of its plan touch.
 
 Ranks tell each other one bit for every key head and block, once a plan. From these bits every rank knows
-what all others send and need: messages have their exact sizes, and one that nobody needs is dropped. What
-arrives is kept compactly: a step holds the blocks that any of its key heads needs. In the backward the
-gradients of the same rows go back, and their owner adds them up in the order of ranks.
+what all others send and need: messages have their exact sizes, and one that nobody needs is dropped. Ranks
+that can read each other's memory (on the GPUs of one host) show their keys to all and read the rows that they
+need; others send them, in one all-to-all a step. What arrives is kept compactly: a step holds the blocks that
+any of its key heads needs. In the backward the gradients of the same rows go back, and their owner adds them
+up in the order of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,24 +20,11 @@ from ..balance.schedule import Schedule
 from ..kernels.bound import BoundPlan, bind_to_slots
 from ..kernels.geometry import Geometry
 from ..kernels.plan import Plan, pack_bits, unpack_bits
+from .link import Link, link_of
 from .ring import Gradients, Ring
+from .rows import Rows, first_set, step_rows
 from .transport import Pending, Transport
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What moves for one step. A row is one block of one head of the keys, or of the values.
-
-    sends, receives: rows for and from each rank. outgoing: int64 [sum(sends)], rows of the own keys and
-    values [2, B, Hk, n], by receiver. incoming: int64 [sum(receives)], rows of those of the step, by sender.
-    anybody: whether any rank moves anything for it.
-    """
-
-    sends: tuple[int, ...]
-    receives: tuple[int, ...]
-    outgoing: Tensor
-    incoming: Tensor
-    anybody: bool
+from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -66,12 +55,7 @@ class Pull(Ring):
 
     def keys(self, k: Tensor, v: Tensor, phase: str) -> Iterator[tuple[int, Tensor]]:
         own, size = torch.stack((k, v)), self.needs.block_size
-        arriving: list[tuple[Tensor, Pending] | None] = [None]
-        for place, rows in enumerate(self.needs.rows[1:], 1):
-            arriving.append(None)
-            if rows.anybody:
-                leaving = _rows(own, size).index_select(0, rows.outgoing)
-                arriving[place] = self._move(leaving, rows.sends, rows.receives, phase, place, "keys")
+        arriving = self._fetch(_rows(own, size), 2 * k.shape[0] * k.shape[1] * (self.tokens // size), phase)
         places = self.places
         for step in getattr(self.schedule, phase):
             place = places[step.sources] if step.sources else -1
@@ -79,7 +63,7 @@ class Pull(Ring):
                 yield place, own if place == 0 else None
                 continue
             keys = own.new_empty(*own.shape[:3], self.needs.widths[place] * size, own.shape[4])
-            if arriving[place] is not None:
+            if place in arriving:
                 received, pending = arriving[place]
                 pending.wait()
                 _rows(keys, size).index_copy_(0, self.needs.rows[place].incoming, received)
@@ -88,11 +72,42 @@ class Pull(Ring):
     def gradients(self, k: Tensor) -> Gradients:
         return _Returning(self)
 
-    def _move(self, x, sends, receives, phase: str, step: int, what: str) -> tuple[Tensor, Pending]:
-        self.sent[what] += x.numel() * x.itemsize
+    def _fetch(self, own: Tensor, most: int, phase: str) -> dict[int, tuple[Tensor, Pending]]:
+        """Starts to get the rows of every step that moves any. own: rows of this rank; most: of any."""
+        arriving, window = {}, None
+        for step, rows in enumerate(self.needs.rows):
+            if rows is None or not rows.anybody:
+                continue
+            link = self._at(phase, step)
+            if rows.places is None:
+                leaving = own.index_select(0, rows.outgoing)
+                arriving[step] = self._swap(leaving, rows.sends, rows.receives, link, "keys")
+                continue
+            if window is None:  # all steps read from one
+                window = link.publish(own, most, "keys")
+            self._count(own, sum(rows.sends), "keys")
+            arriving[step] = _read(window, own, rows.receives, rows.places.keys, link)
+        return arriving
+
+    def _give(self, gradients: Tensor, step: int) -> tuple[Tensor, Pending]:
+        """Starts to bring gradients of rows, by owner, to them; what comes for own rows, by rank."""
+        rows, link = self.needs.rows[step], self._at("backward", step)
+        if rows.places is None:
+            return self._swap(gradients, rows.receives, rows.sends, link, "grads")
+        window = link.publish(gradients, rows.places.most, "grads")
+        self._count(gradients, sum(rows.receives), "grads")
+        return _read(window, gradients, rows.sends, rows.places.gradients, link)
+
+    def _swap(self, x: Tensor, sends, receives, link: Link, what: str) -> tuple[Tensor, Pending]:
+        self._count(x, len(x), what)
         received = x.new_empty(sum(receives), x.shape[1])
-        link = self.link.at(phase, step, len(self.needs.rows) - 1)
         return received, link.all_to_all(x, sends, received, receives, what)
+
+    def _at(self, phase: str, step: int) -> Link:
+        return self.link.at(phase, step, len(self.needs.rows) - 1)
+
+    def _count(self, x: Tensor, rows: int, what: str) -> None:
+        self.sent[what] += rows * x.shape[1] * x.itemsize
 
 
 class _Returning(Gradients):
@@ -109,8 +124,7 @@ class _Returning(Gradients):
             self.own = gradient
         elif rows.anybody:
             leaving = _rows(gradient, self.pull.needs.block_size).index_select(0, rows.incoming)
-            moving = self.pull._move(leaving, rows.receives, rows.sends, "backward", place, "grads")
-            self.arriving.append((rows, *moving))
+            self.arriving.append((rows, *self.pull._give(leaving, place)))
 
     def total(self) -> Tensor:
         for rows, received, pending in self.arriving:
@@ -135,13 +149,13 @@ def exchange_needs(
     bits = pack_bits(mine)
     table = unpack_bits(transport.all_gather(bits), held.shape[1])  # [W, *mine.shape], of all ranks
     unions = mine.any(1).any(0) & members[:, :, None]  # [steps, W, n], for any head
-    counts = to_host(torch.cat((table.sum((1, 2, 4)).flatten(), unions.sum((1, 2))))).tolist()
+    counts = torch.cat((table.sum((1, 2, 4)).flatten(), unions.sum((1, 2))))
+    counts = link_of(transport).to_host(counts).tolist()
     between = [counts[needing * world : (needing + 1) * world] for needing in range(world)]
     widths = tuple(max(1, n) for n in counts[world * world :])
 
-    mine, table = mine.movedim(2, 0), table[:, :, :, rank]  # [holder | receiver, B, Hk, n]
-    blocks = len(layout[rank])
-    slot = torch.arange(held.shape[1], device=held.device).expand_as(held)
+    needed, wanted = mine.movedim(2, 0), table[:, :, :, rank]  # [holder | receiver, B, Hk, n]
+    blocks, one_sided = len(layout[rank]), transport.one_sided(held.device)
     slots = torch.full((len(unions), max(blocks, *widths)), -1, dtype=torch.int64, device=held.device)
     slots[0, :blocks] = held[rank, :blocks]
     rows: list[Rows | None] = [None]
@@ -151,17 +165,19 @@ def exchange_needs(
         slots[step, :number] = held.flatten()[taken]
         place = torch.zeros(held.numel(), dtype=torch.int64, device=held.device)
         place[taken] = torch.arange(number, device=held.device)
-        sources = set(planned.sources)
-        to = {t.send_to for t in schedule.forward[0].keys if t.receives in sources}
-        sends = tuple(2 * between[other][rank] * (other in to) for other in range(world))
-        receives = tuple(2 * between[rank][other] * (other in sources) for other in range(world))
-        out = _places(table & receivers[step, :, None, None, None], sum(sends), slot, blocks)
-        into = _places(
-            mine & members[step, :, None, None, None], sum(receives), place.view_as(held), widths[step]
+        rows.append(
+            step_rows(
+                needed & members[step, :, None, None, None],
+                wanted & receivers[step, :, None, None, None],
+                between,
+                rank,
+                {(rank - source) % world for source in planned.sources},
+                held,
+                place.view_as(held),
+                widths[step],
+                one_sided,
+            )
         )
-        hops = {(t.send_to - rank) % world for t in schedule.forward[0].keys if t.receives in sources}
-        anybody = any(between[(r + hop) % world][r] for r in range(world) for hop in hops)
-        rows.append(Rows(sends, receives, out, into, anybody))
     header = (world - 1) * bits.numel() * bits.itemsize
     return Needs(plan.geometry.block_size, slots, widths, tuple(rows), header)
 
@@ -179,11 +195,6 @@ def needed_blocks(plan: Plan, kv_heads: int) -> Tensor:
         )
     bits = unpack_bits(lines, plan.geometry.num_blocks).any(2)
     return bits.expand(-1, kv_heads, -1) if mask_heads < kv_heads else bits
-
-
-def first_set(mask: Tensor, number: int) -> Tensor:
-    """int64 [number]: the places of the set entries of bool mask [n]; their number is known before."""
-    return mask.byte().argsort(descending=True, stable=True)[:number]
 
 
 def prepare_needs(
@@ -207,29 +218,15 @@ def prepare_needs(
     return geometry.memo(("pull", layout), build)
 
 
-def _places(mask: Tensor, number: int, slot: Tensor, width: int) -> Tensor:
-    """int64 [number]: rows of [2, B, Hk, width] by rank, for the blocks set in mask [W, B, Hk, n].
-
-    slot: int64 [W, n], where each block lies in a row of `width` slots.
-    """
-    ranks, batch, heads, n = mask.shape
-    both = mask[:, None].expand(-1, 2, -1, -1, -1)  # keys and values
-    line = torch.arange(2 * batch * heads, device=mask.device).view(2, batch, heads, 1) * width
-    return (line + slot[:, None, None, None]).flatten()[first_set(both.flatten(), number)]
+def _read(
+    window: Window, like: Tensor, counts: tuple[int, ...], which: Sequence[Tensor | slice], link: Link
+) -> tuple[Tensor, Pending]:
+    """Starts to read so many rows of each rank, those at the places `which` of each, one after another."""
+    received = like.new_empty(sum(counts), like.shape[1])
+    targets = enumerate(zip(received.split(counts), which, strict=True))
+    return received, link.read(window, [(x, rank, at) for rank, (x, at) in targets if len(x)], like.device)
 
 
 def _rows(x: Tensor, size: int) -> Tensor:
     """[2, B, Hk, n * size, D] -> [2 * B * Hk * n, size * D]."""
     return x.view(-1, size * x.shape[4])
-
-
-def to_host(x: Tensor) -> Tensor:
-    """Waits for nothing but x itself."""
-    if x.is_cuda:
-        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        pinned.copy_(x, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        event.synchronize()
-        x = pinned
-    return x

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..balance import Statistics
+from ..balance.statistics import layer_groups
 from ..kernels.attention import accumulator_dtype
 from ..kernels.bound import BoundPlan
 from ..kernels.columns import column_counts
@@ -26,7 +27,7 @@ class Record:
 
     elements: int64 [3] = (pairs in tiles, pairs in columns outside them, visible pairs) times heads.
     work: float64 [steps + 1], tiles of each step and column work, mean over heads.
-    vector: int64 [5, num_blocks], the planner's statistics in units of heads (and tokens for columns).
+    vectors: int64 [5, num_blocks], the planner's statistics in units of heads (and tokens for columns).
     covered: chosen tiles each time the layer ran, recomputation included.
     least: int64 [2], bytes that this rank must get of other ranks' keys and values, in the dtype they travel
         in, and give of their gradients, in full precision, in one forward and one backward: each block of a
@@ -34,9 +35,10 @@ class Record:
     keys: what count_keys returned each time the layer ran, recomputation included; first steps only.
     loads: what moving query blocks of a layer costs, and the work of those held here in tiles, float64 [];
         empty where none may move. moved: how many did, on all ranks, and the worker imbalance before.
-    waits: for messages of other ranks, in all layers.
+    waits: for messages of other ranks, in all layers. exchange: of this step.
     """
 
+    exchange: str = ""
     heads: int = 0
     elements: dict = field(default_factory=dict)
     work: dict = field(default_factory=dict)
@@ -47,7 +49,7 @@ class Record:
     loads: dict = field(default_factory=dict)
     moved: dict = field(default_factory=dict)
     bytes: Counter = field(default_factory=Counter)
-    vector: Tensor | None = None
+    vectors: dict = field(default_factory=dict)
     waits: Waits = field(default_factory=Waits)
 
     def add(self, layer, bound: BoundPlan, heads: int, k: Tensor) -> Tensor:
@@ -72,8 +74,7 @@ class Record:
         column_work = columns.sum().double() / (geometry.block_size * heads)
         self.work[layer] = torch.cat((bound.work.sum(0), column_work[None]))
         self.least[layer] = least_bytes(plan, k)
-        vector = _statistics(chosen, columns, geometry, heads)
-        self.vector = vector if self.vector is None else self.vector + vector
+        self.vectors[layer] = _statistics(chosen, columns, geometry, heads)
         tokens = torch.stack((chosen.sum((0, 2)) * geometry.block_size, columns.sum(0)))
         return tokens.double() / (geometry.block_size * heads)
 
@@ -81,14 +82,19 @@ class Record:
         self.covered.setdefault(layer, []).append(bound.row_ptr[-1].clone())
 
     def statistics(self, transport: Transport, block_size: int) -> Statistics | None:
-        """Combined over the group; None if no layer ran. All ranks call it."""
-        if self.vector is None:
+        """Combined over ranks, of groups of layers in the order in which they ran first.
+
+        At most `layer_groups`, of equally many layers or one less; None if no layer ran. All ranks call it.
+        """
+        if not self.vectors:
             return None
-        total = self.vector.clone()
+        layers = torch.stack(list(self.vectors.values()))
+        groups = min(layer_groups(transport.size), len(layers))
+        total = torch.stack([part.sum(0) for part in layers.tensor_split(groups)])
         transport.all_reduce(total).wait()
-        vector = total.cpu().numpy().astype(np.float64) / self.heads
-        vector[3] /= block_size
-        return Statistics.from_vector(vector.ravel())
+        vectors = total.cpu().numpy().astype(np.float64) / self.heads
+        vectors[:, 3] /= block_size
+        return Statistics.from_vector(vectors.reshape(len(vectors), -1))
 
 
 def least_bytes(plan: Plan, k: Tensor) -> Tensor:

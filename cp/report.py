@@ -20,6 +20,7 @@ CHANNELS = ("keys", "grads", "columns", "outer keys", "outer grads", "needs", "h
 class Report:
     """One step over the whole group.
 
+    why: this exchange.
     density, density_tiles: computed pairs / visible pairs, with and without columns. recall: share of
     the attention mass that the plans hold, of sampled queries, or None where not sampled this step.
     work_by_layer: float64 [W, steps + 1] for each layer, tiles of each rank in each step, mean over heads;
@@ -33,13 +34,15 @@ class Report:
     waited: seconds that each rank of the group waited for messages of others in attention; on CUDA, that
     its stream did: the communication that computation did not hide. elapsed: seconds from the making of the
     shard to the last wait, of the slowest rank. straggler: global rank that the others waited for, if there
-    is one.
+    is one. headers, header_wait: how often the host of each rank waited for a header (law 5), and the seconds
+    that it did in all, of the slowest rank.
     keys_by_layer: (pairs that queries saw, pairs that plans promised) summed over the times that the layer
     ran, recomputation included; in the first steps only.
     """
 
     layout: str
     exchange: str
+    why: str
     density: float
     density_tiles: float
     density_by_layer: dict
@@ -53,6 +56,8 @@ class Report:
     waited: tuple[float, ...]
     elapsed: float
     straggler: int | None
+    headers: int
+    header_wait: float
     keys_by_layer: dict[Hashable, tuple[int, int]]
 
     @property
@@ -84,7 +89,7 @@ class Report:
     def __str__(self) -> str:
         recall = "not sampled" if self.recall is None else f"{self.recall:.4f}"
         lines = [
-            f"layout {self.layout}, exchange {self.exchange}",
+            f"layout {self.layout}, exchange {self.exchange} ({self.why})",
             f"density {self.density:.4f} (tiles {self.density_tiles:.4f}), recall {recall}",
             f"imbalance: worker {self.worker_imbalance:.3f}, step {self.step_imbalance:.3f} (max / mean)",
         ]
@@ -112,14 +117,16 @@ class Report:
             f"waited for other ranks: {mean:.2f} s on average, {self.exposed:.1%} of {self.elapsed:.2f} s; "
             f"{min(self.waited):.2f} s at least{late}",
         ]
+        if self.headers:
+            lines.append(f"waited for headers: {self.headers} times, {self.header_wait:.3f} s")
         if self.keys_by_layer:
             seen, promised = (sum(x) for x in zip(*self.keys_by_layer.values(), strict=True))
             lines.append(f"keys seen by queries: {seen} of {promised} promised, in all layers and ranks")
         return "\n".join(lines)
 
 
-def combine(record: Record, transport: Transport, decision: Decision, exchange: str) -> Report:
-    """The report of a step from the records of all ranks, which all call it. decision: of its layout."""
+def combine(record: Record, transport: Transport, decision: Decision) -> Report:
+    """The report of a step from the records of all ranks, which all call it."""
     layers = list(record.elements)
     if not layers:
         raise ValueError("no attention ran with this shard; call the model with **shard.inputs first")
@@ -139,12 +146,14 @@ def combine(record: Record, transport: Transport, decision: Decision, exchange: 
     keys = {layer: torch.stack(runs).sum(0)[:2] for layer, runs in record.keys.items()}
     for total in keys.values():
         transport.all_reduce(total).wait()
-    waits = torch.tensor(record.waits.seconds(), dtype=torch.float64)
-    waited, elapsed = transport.all_gather(waits.to(device)).cpu().T
-    known = decision.table and exchange not in (HEADS, HEADS_RING)
+    headers = record.waits.headers
+    waits = torch.tensor([*record.waits.seconds(), sum(headers)], dtype=torch.float64)
+    waited, elapsed, header_wait = transport.all_gather(waits.to(device)).cpu().T
+    known = decision.table and decision.exchange not in (HEADS, HEADS_RING)
     return Report(
         layout=decision.layout.name,
-        exchange=exchange,
+        exchange=decision.exchange,
+        why=decision.why,
         density=float((tiles + columns).sum() / visible.sum()),
         density_tiles=float(tiles.sum() / visible.sum()),
         density_by_layer=dict(zip(layers, ((tiles + columns) / visible).tolist(), strict=True)),
@@ -158,6 +167,8 @@ def combine(record: Record, transport: Transport, decision: Decision, exchange: 
         waited=tuple(waited.tolist()),
         elapsed=float(elapsed.max()),
         straggler=find_straggler(waited.tolist(), float(elapsed.max()), transport.ranks),
+        headers=len(headers),
+        header_wait=float(header_wait.max()),
         keys_by_layer={layer: tuple(total.tolist()) for layer, total in keys.items()},
     )
 

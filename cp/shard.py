@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..balance import Decision, Layout
 from ..balance.lever import move_cost
+from ..balance.schedule import schedule_of
 from ..kernels.bound import BoundPlan, bind, bind_to_slots, prepare, slots_of
 from ..kernels.geometry import Geometry
 from ..kernels.patterns.base import make_plan
@@ -18,6 +19,7 @@ from ..kernels.plan import Plan
 from .errors import Place
 from .estimate import combine_over
 from .heads import HeadRing, HeadShares, share_heads
+from .hops import Hops, share_hops
 from .link import Link, Waits
 from .move import Moved, MovedRing, move_queries
 from .pull import Needs, Pull, exchange_needs, prepare_needs
@@ -27,6 +29,7 @@ from .transport import Transport
 
 if TYPE_CHECKING:
     from .context_parallel import ContextParallel
+    from .planning import CallShape
 
 KEYWORD = "sparring_shard"  # the model keyword that carries a shard to its attention layers
 
@@ -38,9 +41,10 @@ class Shard:
     labels: int64 [B, S'], shifted before sharding, or None. S' is this rank's share of the padded length.
     tokens: number of labels with a loss in this batch, over all data and context-parallel ranks.
     last_position: int64 [], the largest position id of the whole batch.
-    length: tokens a row before padding. layout, decision: who holds what, and why.
+    length: tokens a row before padding. layout, exchange, decision: who holds what, how it moves, and why.
     plans: logical plans by layer, made in the first forward and used by recomputation and backward.
     movable: layers, by repr, where query blocks may move, expected to be unequal; None if nowhere.
+    dead_hops: exchanges and layers, by repr, where some hops are expected to be needed by nobody.
 
     Not a dataclass: FSDP and DDP take those among a model's arguments apart and build them anew.
     """
@@ -58,26 +62,32 @@ class Shard:
         labels: Tensor | None,
         tokens: int,
         movable: Collection[str] | None = None,
+        dead_hops: Collection[tuple[str, str]] = (),
         replayed: dict[Hashable, Plan] | None = None,
         sample_recall: bool = False,
         count_keys: bool = False,
     ):
         self.cp, self.step, self.transport = cp, step, transport
-        self.layout, self.decision = layout, decision
+        self.layout, self.exchange, self.decision = layout, decision.exchange, decision
         self.geometry, self.length = geometry, length
         self.labels, self.tokens = labels, tokens
         self.movable, self.moved = movable, dict[Hashable, Moved]()
+        self.dead_hops, self.hops = dead_hops, dict[Hashable, Hops]()
         self.replayed, self.sample_recall, self.count_keys = replayed, sample_recall, count_keys
         self.tensors: dict[str, Tensor] = {}
         self.last_position: Tensor | None = None
         self.plans: dict[Hashable, Plan] = {}
         self.needs: dict[Hashable, Needs] = {}  # of plans by layer, where blocks are pulled
-        self.heads: HeadShares | None = share_heads(cp.exchange, geometry, layout.assignment, transport)
+        self.heads: HeadShares | None = share_heads(self.exchange, geometry, layout.assignment, transport)
         self.head_plans: dict[Hashable, Plan] = {}  # of this rank's heads by layer, where ranks share heads
-        self.schedule = cp.schedule(transport) if self.heads is None else self.heads.schedule
+        if self.heads is None:
+            self.schedule = schedule_of(self.exchange, transport.rank, transport.size, transport.nodes)
+        else:
+            self.schedule = self.heads.schedule
         held = layout.assignment if self.heads is None else self.heads.held
         self.step_blocks = step_blocks(self.schedule, held)
-        self.record = Record(waits=Waits(geometry.device))
+        self.record = Record(self.exchange, waits=Waits(geometry.device))
+        self.calls: set[CallShape] = set()  # kinds of attention calls that ran
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -132,6 +142,10 @@ class Shard:
             work = self.record.add(layer, bound, q.shape[1], k)
             if self.movable is not None:
                 self._move(layer, work, q)
+            if (self.exchange, repr(layer)) in self.dead_hops:
+                computed = self._moved_bound(layer) if layer in self.moved else bound
+                link, sent = self.link("hops", layer), self.record.bytes
+                self.hops[layer] = share_hops(computed, self.schedule, link, sent)
         return bound
 
     def _move(self, layer: Hashable, work: Tensor, q: Tensor) -> None:
@@ -156,11 +170,14 @@ class Shard:
         if self.heads is not None:
             return self._head_ring(layer, link, steps)
         if layer in self.moved:
-            moved = self.moved[layer]
-            bound = bind_to_slots(moved.plan, slots_of(self.geometry, self.step_blocks))
+            moved, bound = self.moved[layer], self._moved_bound(layer)
             self.record.work[layer] = moved.work(bound)
-            return MovedRing(*parts, self.record.bytes, move=moved.move, bound=bound)
-        return Ring(*parts, self.record.bytes)
+            return MovedRing(*parts, self.record.bytes, self.hops.get(layer), move=moved.move, bound=bound)
+        return Ring(*parts, self.record.bytes, self.hops.get(layer))
+
+    def _moved_bound(self, layer: Hashable) -> BoundPlan:
+        """The plan of the query blocks that are computed here, where some have moved."""
+        return bind_to_slots(self.moved[layer].plan, slots_of(self.geometry, self.step_blocks))
 
     def _head_ring(self, layer: Hashable, link: Link, steps) -> HeadRing:
         new = layer not in self.head_plans
@@ -178,6 +195,23 @@ class Shard:
             header["plan"] = _common(self.plans[layer])
         place = Place(self.step, layer, phase)
         return Link(self.transport, place, header, self.cp.debug, entry, self.record.waits)
+
+
+def unshard(x: Tensor, shard: Shard, dim: int) -> Tensor:
+    """See ContextParallel.unshard."""
+    width = max(shard.layout.blocks_per_rank) * shard.layout.block_size
+    if x.shape[dim] != shard.local_length:
+        raise ValueError(
+            f"dim {dim} has {x.shape[dim]} entries, this rank holds {shard.local_length} tokens; "
+            "say which dim is the sequence"
+        )
+    x = x.detach().movedim(dim, 0).contiguous()
+    pad = (0, 0) * (x.dim() - 1) + (0, width - x.shape[0])
+    parts = shard.transport.all_gather(torch.nn.functional.pad(x, pad))
+    counts = [n * shard.layout.block_size for n in shard.layout.blocks_per_rank]
+    physical = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    inverse = torch.from_numpy(shard.layout.inverse).to(x.device)
+    return physical[inverse][: shard.length].movedim(0, dim)
 
 
 def full_plans(shard: Shard) -> dict[Hashable, Plan]:

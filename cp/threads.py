@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .errors import RingDesyncError, RingTimeoutError
 from .transport import Pending, Transport
+from .windows import Window, Windows
 
 Result = TypeVar("Result")
 
@@ -54,40 +56,118 @@ class _Hub:
                 arrived.notify_all()
 
 
+@dataclass(frozen=True)
+class _Message:
+    """Copies of tensors. made: on a GPU, when they are there."""
+
+    tensors: list[Tensor]
+    made: torch.cuda.Event | None
+
+    @staticmethod
+    def of(tensors: list[Tensor]) -> _Message:
+        copies = [x.detach().clone() for x in tensors]
+        device = copies[0].device
+        made = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return _Message(copies, made)
+
+    def taken(self) -> list[Tensor]:
+        """For use on the current stream of the GPU that they are on."""
+        if self.made is not None:
+            stream = torch.cuda.current_stream(self.tensors[0].device)
+            stream.wait_event(self.made)
+            for x in self.tensors:
+                x.record_stream(stream)
+        return self.tensors
+
+
 class ThreadTransport:
-    """One rank of a group of threads. Messages are copied when sent, so buffers may be reused."""
+    """One rank of a group of threads. Messages are copied when sent, so buffers may be reused.
+
+    On GPUs every channel has streams of its own, on which keys and gradients travel beside the computation.
+    """
 
     def __init__(self, rank: int, hub: _Hub, nodes: int):
         self.rank, self.size, self.nodes, self._hub = rank, hub.size, nodes, hub
         self.ranks = tuple(range(hub.size))
         self._calls: Counter[Hashable] = Counter()  # messages are matched by their place in program order
+        self._windows: dict[str, Windows] = {}
+        self._streams: dict[tuple[str, torch.device], torch.cuda.Stream] = {}
 
     def exchange(self, send, send_to, receive, recv_from, channel) -> Pending:
-        sent, expected = self._number("to", channel, send_to), self._number("from", channel, recv_from)
-        self._hub.put((channel, sent, self.rank, send_to), [x.detach().clone() for x in send])
+        if send:
+            number = self._number("to", channel, send_to)
+            self._hub.put((channel, number, self.rank, send_to), _Message.of(send))
+        if not receive:
+            return Pending(lambda: None)
+        key = (channel, self._number("from", channel, recv_from), recv_from, self.rank)
+
+        def take() -> _Message:
+            message = self._hub.take(key, f"no {channel} from rank {recv_from}", self.rank, recv_from)
+            self._same(receive, message.tensors, recv_from)
+            return message
+
+        if receive[0].is_cuda:
+            return self._copied_beside(take(), receive, channel)
 
         def finish():
-            what = f"no {channel} from rank {recv_from}"
-            arrived = self._hub.take((channel, expected, recv_from, self.rank), what, self.rank, recv_from)
-            self._same(receive, arrived, recv_from)
-            for target, x in zip(receive, arrived, strict=True):
+            for target, x in zip(receive, take().taken(), strict=True):
                 target.copy_(x)
 
         return Pending(finish)
 
+    def stream(self, channel: str, device: torch.device) -> torch.cuda.Stream:
+        """Where what this rank receives is copied, on the GPU that it comes from and on its own."""
+        if (channel, device) not in self._streams:
+            self._streams[channel, device] = torch.cuda.Stream(device)
+        return self._streams[channel, device]
+
+    def _copied_beside(self, message: _Message, receive: list[Tensor], channel: str) -> Pending:
+        """Copies from now on; threads have waited for each other for it, streams of computation do not."""
+        device = receive[0].device
+        here, there = (self.stream(channel, x[0].device) for x in (receive, message.tensors))
+        here.wait_stream(torch.cuda.current_stream(device))  # the memory may still be in use
+        with torch.cuda.stream(there), torch.cuda.stream(here):  # between GPUs the sender's stream copies
+            for target, x in zip(receive, message.taken(), strict=True):
+                target.copy_(x, non_blocking=True)
+        done = here.record_event()
+        return Pending(lambda: torch.cuda.current_stream(device).wait_event(done))
+
     def all_to_all(self, send, sends, receive, receives, channel) -> Pending:
         call = ("rows", channel, self._number("rows", channel))
         for rank, part in enumerate(send.detach().split(list(sends))):
-            self._hub.put((*call, self.rank, rank), [part.clone()])
+            self._hub.put((*call, self.rank, rank), _Message.of([part]))
 
         def finish():
             for rank, target in enumerate(receive.split(list(receives))):
                 what = f"no {channel} from rank {rank}"
-                arrived = self._hub.take((*call, rank, self.rank), what, self.rank, rank)
+                arrived = self._hub.take((*call, rank, self.rank), what, self.rank, rank).taken()
                 self._same([target], arrived, rank)
                 target.copy_(arrived[0])
 
         return Pending(finish)
+
+    def one_sided(self, device) -> bool:
+        """Not where threads have GPUs of their own: those send."""
+        return self.nodes == 1 and len(set(self.swap(device, "control"))) == 1
+
+    def publish(self, x, rows, channel) -> Window:
+        if channel not in self._windows:
+
+            def share(size: int) -> _Shared:
+                return _Shared(self, torch.empty(size, dtype=torch.uint8, device=x.device), channel)
+
+            self._windows[channel] = Windows(self.rank, share, x.device)
+        return self._windows[channel].publish(x, rows)
+
+    def swap(self, value: Any, channel: str) -> list[Any]:
+        """What all ranks give at this point of a channel, themselves, not copies."""
+        call = ("swap", channel, self._number("swap", channel))
+        for rank in self.ranks:
+            self._hub.put((*call, self.rank, rank), value)
+        what = f"nothing shown for {channel} by rank "
+        return [
+            self._hub.take((*call, rank, self.rank), f"{what}{rank}", self.rank, rank) for rank in self.ranks
+        ]
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         collect = self._collect(x, "control")
@@ -107,16 +187,17 @@ class ThreadTransport:
         return self._calls[kind]
 
     def _collect(self, x: Tensor, channel: str) -> Callable[[], list[Tensor]]:
-        call, copy = ("all", channel, self._number("all", channel)), x.detach().clone()
+        call, message = ("all", channel, self._number("all", channel)), _Message.of([x])
         for rank in self.ranks:
-            self._hub.put((*call, self.rank, rank), copy)
+            self._hub.put((*call, self.rank, rank), message)
 
         def finish():
             parts = []
             for rank in self.ranks:
                 what = f"nothing from rank {rank} for a collective over ranks {self.ranks}"
-                parts.append(self._hub.take((*call, rank, self.rank), what, self.rank, rank))
-                self._same([copy], parts[-1:], rank)
+                arrived = self._hub.take((*call, rank, self.rank), what, self.rank, rank).taken()
+                self._same([x], arrived, rank)
+                parts.append(arrived[0].to(x.device))
             return parts
 
         return finish
@@ -129,6 +210,26 @@ class ThreadTransport:
                 rank=self.rank,
                 peer=source,
             )
+
+
+class _Shared:
+    """Memory of all threads, see windows.Shared."""
+
+    def __init__(self, transport: ThreadTransport, own: Tensor, channel: str):
+        self.transport, self.channel, self.device = transport, channel, own.device
+        self.buffers = transport.swap(own, channel)
+        transport._same([own] * transport.size, self.buffers, transport.rank)
+
+    def of(self, rank: int) -> Tensor:
+        return self.buffers[rank]
+
+    def barrier(self) -> None:
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.current_stream(self.device).record_event()
+        for event in self.transport.swap(done, self.channel):
+            if event is not None:
+                torch.cuda.current_stream(self.device).wait_event(event)
 
 
 def run(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import RingDesyncError, RingTimeoutError
+from .windows import Window, Windows
 
 # torch 2.13 renames the tensor form of all_gather and deprecates the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -64,6 +66,15 @@ class Transport(Protocol):
         Rank r sends receives[r] rows here. Rows lie along dim 0; this rank may send some to itself.
         """
 
+    def one_sided(self, device: torch.device) -> bool:
+        """Whether ranks can read each other's memory on their devices, by windows; the same on all.
+
+        All ranks ask at once. The first time may wait for the device.
+        """
+
+    def publish(self, x: Tensor, rows: int, channel: str) -> Window:
+        """Lets all ranks read contiguous x [n, width] of this one, where they can; see `Windows`."""
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         """Combines contiguous x over the group in place. op: "sum" or "max"."""
 
@@ -87,6 +98,12 @@ class Alone:
         receive.copy_(send)
         return Pending(lambda: None)
 
+    def one_sided(self, device) -> bool:
+        return False
+
+    def publish(self, x, rows, channel) -> Window:
+        raise AssertionError("a group of one has nobody to show anything to")
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         return Pending(lambda: None)
 
@@ -99,7 +116,8 @@ class Distributed:
     """A group of torch.distributed; every channel has a communicator of its own.
 
     ranks: global ranks in group order. groups: the process group of each channel. timeout: theirs, seconds.
-    nodes: see Transport.
+    nodes: see Transport. windows: by channel, made when they are used. shares: whether ranks can read each
+    other's memory, by kind of device, where that has been asked.
     """
 
     rank: int
@@ -107,6 +125,8 @@ class Distributed:
     groups: dict[str, dist.ProcessGroup]
     timeout: float
     nodes: int = 1
+    windows: dict[str, Windows] = field(default_factory=dict)
+    shares: dict[str, bool] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -147,6 +167,24 @@ class Distributed:
 
         return Pending(finish)
 
+    def one_sided(self, device) -> bool:
+        if device.type not in self.shares:
+            shares = self.nodes == 1 and device.type == "cuda"
+            if shares:
+                from .symmetric import can_share  # of torch's builds only those for GPUs need to have it
+
+                shares = can_share(self)
+            self.shares[device.type] = shares
+        return self.shares[device.type]
+
+    def publish(self, x, rows, channel) -> Window:
+        if channel not in self.windows:
+            from .symmetric import Symmetric
+
+            of_group = {"group": self.groups[channel], "ranks": self.ranks, "timeout": self.timeout}
+            self.windows[channel] = Windows(self.rank, partial(Symmetric, **of_group), x.device)
+        return self.windows[channel].publish(x, rows)
+
     def all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
         what = (f"no all-reduce over ranks {self.ranks}", None)
@@ -166,6 +204,7 @@ class Distributed:
 
     def close(self) -> None:
         """Destroys the communicators. gloo keeps threads for each; every rank closes at the same point."""
+        self.windows.clear()
         for group in self.groups.values():
             dist.destroy_process_group(group)
 

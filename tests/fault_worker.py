@@ -37,7 +37,8 @@ class Faulty:
         self.rank, self.size = transport.rank, transport.size
         self.ranks, self.nodes = transport.ranks, transport.nodes
         self.all_reduce, self.all_gather = transport.all_reduce, transport.all_gather
-        self.all_to_all = transport.all_to_all
+        self.all_to_all, self.publish = transport.all_to_all, transport.publish
+        self.one_sided = transport.one_sided
 
     def exchange(self, *args):
         self.messages += 1

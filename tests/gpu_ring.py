@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import poison
 import torch
 import torch.distributed as dist
+from rings import Wrapped
 from torch.distributed.device_mesh import init_device_mesh
 
+from sparring.balance import EXCHANGES, zigzag
 from sparring.cp import ContextParallel
-from sparring.kernels import attend
+from sparring.cp.attention import forward
+from sparring.cp.ring import Ring, step_blocks
+from sparring.kernels import Geometry, Plan, attend, bind
+from sparring.kernels.attention import steps
 from sparring.kernels.patterns import Dense, SinkWindow, VerticalSlash
 
 PATTERNS = {
@@ -38,9 +45,11 @@ def tensors(dtype):
 
 def one_device(q, k, v, dout, plan, dtype=torch.float32, impl="reference"):
     """out, dq, dk, dv of the same plan without any ring, from the same (rounded) inputs."""
-    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    pad = (0, 0, 0, plan.geometry.num_tokens - q.shape[2])  # to whole blocks of every rank
+    q, k, v, dout = (torch.nn.functional.pad(x.to(dtype), pad) for x in (q, k, v, dout))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
     out, _ = attend(*leaves, plan, impl=impl)
-    return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
+    return [x[:, :, :LENGTH] for x in (out, *torch.autograd.grad(out, leaves, dout))]
 
 
 def on_ring(cp, q, k, v, dout, sync="default"):
@@ -80,6 +89,76 @@ def on_nccl(name: str, dtype: torch.dtype, exchange: str | tuple[str, str]) -> d
         "density": report.density,
         "recall": report.recall,
     }
+
+
+@contextmanager
+def on_own_stream(transport, gpus: int = 2):
+    """A rank that is a thread on one of some GPUs, node by node, with a stream of its own."""
+    device = torch.device("cuda", transport.rank * gpus // transport.size)
+    torch.cuda.set_device(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)), torch.autograd.set_multithreading_enabled(False):
+        yield device
+
+
+class SlowLink(Wrapped):
+    """What comes from other nodes takes 4e8 clock cycles longer. flight: before and after, on its stream."""
+
+    def __init__(self, inner, device):
+        super().__init__(inner)
+        self.device, self.flight = device, [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def exchange(self, send, send_to, receive, recv_from, channel):
+        if channel != "outer keys":
+            return super().exchange(send, send_to, receive, recv_from, channel)
+        stream = self.inner.stream(channel, self.device)
+        self.flight[0].record(stream)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(400_000_000)
+        pending = super().exchange(send, send_to, receive, recv_from, channel)
+        self.flight[1].record(stream)
+        return pending
+
+
+class Timed:
+    """Functions that compute steps. spans: events before and after each, on the stream of the kernels."""
+
+    def __init__(self, computes):
+        self.computes, self.spans = computes, []
+
+    def __getattr__(self, name):
+        return getattr(self.computes, name)
+
+    def forward_step(self, *arguments, **options):
+        span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        span[0].record()
+        self.computes.forward_step(*arguments, **options)
+        span[1].record()
+        self.spans.append(span)
+
+
+def flight_and_steps(transport) -> tuple[float, list[tuple[float, float]]]:
+    """The second of two forwards over 2 nodes of 2 ranks with a slow link between the nodes.
+
+    Milliseconds from when its outer transfer started: when that was over; begin and end of every step.
+    """
+    tokens, size = 16384, 128
+    layout = zigzag(tokens // size, transport.size, size)
+    with on_own_stream(transport) as device:
+        geometry = Geometry.causal(1, tokens, size, device=device).select(layout.assignment[transport.rank])
+        blocks = geometry.num_blocks
+        every = torch.ones(1, 1, len(geometry.blocks), blocks, dtype=torch.bool, device=device)
+        schedule = EXCHANGES["hierarchical"](transport.rank, transport.size, 2)
+        bound = bind(Plan.build(geometry, every), step_blocks(schedule, layout.assignment))
+        local = len(geometry.blocks) * size
+        q, k, v = (torch.randn(1, h, local, DIM, device=device).bfloat16() for h in (HEADS, *[KV_HEADS] * 2))
+        for _ in range(2):  # the first one compiles
+            torch.cuda.synchronize(device)
+            timed, link = Timed(steps("auto", q, size, False)), SlowLink(transport, device)
+            forward(q, k, v, bound, Ring(link, schedule, timed, local), DIM**-0.5)
+            torch.cuda.synchronize(device)
+        began, over = link.flight
+        spans = [tuple(began.elapsed_time(event) for event in span) for span in timed.spans]
+        return began.elapsed_time(over), spans
 
 
 def relative(actual, expected) -> float:

@@ -43,6 +43,10 @@ def _gpus(count: int) -> Callable[[], bool]:
     return lambda: torch.cuda.device_count() >= count  # asks the driver's library: makes no context
 
 
+def _multicast_off() -> bool:
+    return os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1"
+
+
 def _gpu_memory() -> bool:
     return _gpus(1)() and torch.cuda.get_device_properties(0).total_memory >= 100 * 2**30
 
@@ -92,6 +96,7 @@ def _shell(command: list[str]) -> bool:
 TABLE = (
     Need("gpu", _gpus(1), "needs a CUDA device"),
     Need("two gpus", _gpus(2), "needs two CUDA devices"),
+    Need("multicast off", _multicast_off, "needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1, to read one-sidedly"),
     Need("100 GiB of gpu memory", _gpu_memory, "needs a GPU with 100 GiB of memory"),
     Need("hopper gpu", _hopper, "needs a GPU of compute capability 9"),
     Need("triton", _importable("triton"), "needs triton: pip install triton (Linux)"),
@@ -100,6 +105,8 @@ TABLE = (
     Need("triton compiled", _compiled, "needs triton, not imported for its interpreter"),
     Need("ruff", _importable("ruff"), "needs ruff: pip install ruff"),
     Need("peft", _importable("peft"), "needs peft: pip install peft"),
+    Need("pyarrow", _importable("pyarrow"), "needs pyarrow: pip install 'sparring[data]'"),
+    Need("datasets", _importable("datasets"), "needs datasets: pip install 'sparring[data]'"),
     Need("ray", _importable("ray"), "needs Ray: pip install 'sparring[ray]'"),
     Need("c++ compiler", lambda: shutil.which("g++") is not None, "torch.compile needs a C++ compiler"),
     Need("root", _namespaces, "needs root and iproute2, to make network namespaces"),

@@ -12,10 +12,13 @@ from torch import Tensor
 from sparring.balance import EXCHANGES, Layout, contiguous, from_assignment, striped, zigzag
 from sparring.cp import ContextParallel, run_threads
 from sparring.cp.attention import ring_attention
+from sparring.cp.hops import share_hops
+from sparring.cp.link import Link
 from sparring.cp.pull import Pull, exchange_needs
 from sparring.cp.report import Report
 from sparring.cp.ring import Ring, step_blocks
 from sparring.cp.transport import Transport
+from sparring.cp.windows import Window
 from sparring.kernels import Plan, bind, reference
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -49,6 +52,12 @@ class Wrapped:
     def all_to_all(self, send, sends, receive, receives, channel):
         return self.inner.all_to_all(send, sends, receive, receives, channel)
 
+    def one_sided(self, device):
+        return self.inner.one_sided(device)
+
+    def publish(self, x, rows, channel):
+        return self.inner.publish(x, rows, channel)
+
     def all_reduce(self, x, *options):
         return self.inner.all_reduce(x, *options)
 
@@ -73,6 +82,10 @@ class Counting(Wrapped):
         self.bytes[channel] += send.numel() * send.itemsize
         return super().all_to_all(send, sends, receive, receives, channel)
 
+    def publish(self, x, rows, channel):
+        self.messages[channel] += 1
+        return CountedWindow(super().publish(x, rows, channel), self.bytes, channel)
+
     def all_reduce(self, x, *options):
         self.collectives["all_reduce"] += 1
         return super().all_reduce(x, *options)
@@ -82,12 +95,39 @@ class Counting(Wrapped):
         return super().all_gather(x, *options)
 
 
-def on_ring(plan, layout, q, k, v, dout, dlse, exchange="ring", steps=reference, wrap=lambda x: x, nodes=1):
+@dataclass(frozen=True)
+class CountedWindow:
+    """Counts the bytes that are read from a window."""
+
+    inner: Window
+    bytes: Counter
+    channel: str
+
+    def read(self, reads):
+        self.bytes[self.channel] += sum(target.numel() * target.itemsize for target, _, _ in reads)
+        return self.inner.read(reads)
+
+
+def on_ring(
+    plan,
+    layout,
+    q,
+    k,
+    v,
+    dout,
+    dlse,
+    exchange="ring",
+    steps=reference,
+    wrap=lambda x: x,
+    nodes=1,
+    drop=False,
+    debug=False,
+):
     """out, lse, dq, dk, dv in logical order from a ring of threads that walks the given plan.
 
     plan: of the whole sequence. layout: of all its blocks. q, k, v, dout, dlse: [B, H, S, ...] of the S
     tokens before padding. steps: what computes. wrap: what every rank puts around its transport. nodes:
-    that the ranks lie on.
+    that the ranks lie on. drop: hops that nobody needs. debug: headers are compared.
     """
     length, world = q.shape[2], layout.world
     tail = plan.geometry.num_tokens - length
@@ -100,17 +140,20 @@ def on_ring(plan, layout, q, k, v, dout, dlse, exchange="ring", steps=reference,
         leaves = [x[:, :, at].requires_grad_() for x in (q, k, v)]
         own, held = plan.rows(geometry), layout.assignment
         schedule = EXCHANGES[exchange](transport.rank, world, nodes)
-        parts = (wrap(transport), schedule, steps, max(layout.blocks_per_rank) * layout.block_size)
+        transport = Link(wrap(transport), debug=debug)
+        parts = (transport, schedule, steps, max(layout.blocks_per_rank) * layout.block_size)
         if exchange == "pull":
             needs = exchange_needs(own, held, schedule, transport, k.shape[1])
             bound, around = needs.bind(own), Pull(*parts, needs=needs)
         else:
-            bound, around = bind(own, step_blocks(schedule, held)), Ring(*parts)
+            bound, sent = bind(own, step_blocks(schedule, held)), Counter()
+            hops = share_hops(bound, schedule, transport, sent) if drop else None
+            around = Ring(*parts, sent, hops)
         out, lse = ring_attention(*leaves, bound, around, q.shape[3] ** -0.5)
         grads = torch.autograd.grad((out, lse), leaves, (dout[:, :, at], dlse[:, :, at]))
         return [x.detach() for x in (out, lse, *grads)]
 
-    return whole(run_threads(world, body, timeout=120), layout, length)
+    return whole(run_threads(world, body, timeout=120, nodes=nodes), layout, length)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from sparring.balance import step_of_source, work_matrices
+from sparring.balance import H200, KernelCost, step_of_source, work_matrices
 from sparring.cp import ContextParallel, run_threads
 from sparring.kernels import Plan
 from sparring.kernels.patterns import Dense, Pattern, Traits
@@ -17,6 +17,9 @@ from sparring.kernels.patterns.base import block_distance
 
 SIZE, BLOCKS = 16, 64
 LENGTH = SIZE * BLOCKS
+# A machine whose kernels take so long that links hardly count, whatever the sizes.
+KERNEL = KernelCost(tile=1.0, row=0.0, column=1 / 128, launch=0.0)
+SLOW = replace(H200, forward=KERNEL, backward=KERNEL)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Slashes(Pattern):
         return Plan.build(geometry, tiles.expand(geometry.batch, 1, -1, -1))
 
 
+ON_A_RING = {"exchange": "ring"}
+
+
 def batch(kind: str) -> dict:
     tokens = torch.arange(LENGTH)
     documents = {
@@ -67,7 +73,7 @@ def layouts(pattern, kinds, world=4):
     """(layout, measured step imbalance) of each step; equal on all ranks."""
 
     def body(transport):
-        cp = ContextParallel(transport, pattern=pattern, block_size=SIZE, recall_every=0)
+        cp = ContextParallel(transport, pattern=pattern, block_size=SIZE, recall_every=0, **ON_A_RING)
         seen = []
         for kind in kinds:
             shard = step(cp, kind)
@@ -122,11 +128,11 @@ def test_resumed_planner_decides_like_the_uninterrupted_one():
     for cut in range(1, 5):
 
         def body(transport, cut=cut):
-            cp = ContextParallel(transport, pattern=pattern, block_size=SIZE, recall_every=0)
+            cp = ContextParallel(transport, pattern=pattern, block_size=SIZE, recall_every=0, **ON_A_RING)
             for kind in kinds[:cut]:
                 step(cp, kind)
             state = json.loads(json.dumps(cp.state_dict()))
-            again = ContextParallel(transport, pattern=pattern, block_size=SIZE, recall_every=0)
+            again = ContextParallel(transport, pattern=pattern, block_size=SIZE, recall_every=0, **ON_A_RING)
             again.load_state_dict(state)
             return [step(again, kind).layout.name for kind in kinds[cut:]]
 

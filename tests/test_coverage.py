@@ -12,7 +12,7 @@ from sampling import pairwise
 from test_parallel import SPARSE, Job
 from torch.utils.checkpoint import checkpoint
 
-from sparring.cp import ContextParallel, context_parallel, run_threads
+from sparring.cp import ContextParallel, call, run_threads
 from sparring.kernels import reference
 
 BATCHES = ["whole", "packed", "padded"]
@@ -76,7 +76,7 @@ def test_lost_keys_are_noticed_on_every_rank(monkeypatch, noticed_by):
     batch, _ = tiny_models.make_batch("whole")
     inputs = torch.randn(3, 2, 4, 110, 8, generator=torch.Generator().manual_seed(0))
     steps = losing(source=1)
-    monkeypatch.setattr(context_parallel, "steps", lambda *_: steps)
+    monkeypatch.setattr(call, "steps", lambda *_: steps)
 
     def body(transport):
         cp = ContextParallel(transport, pattern="dense", layout="striped", block_size=16)

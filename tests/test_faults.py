@@ -190,16 +190,16 @@ class Odd(Link):
     what: str = ""
     where: str = ""
 
-    def exchange(self, send, send_to, receive, recv_from, channel):
+    def exchange(self, send, send_to, receive, recv_from, channel, like=None):
         if self.place.phase != self.where:
-            return super().exchange(send, send_to, receive, recv_from, channel)
+            return super().exchange(send, send_to, receive, recv_from, channel, like)
         if self.what == "step":
             return replace(self.same(), place=replace(self.place, step=self.place.step + 1)).exchange(
-                send, send_to, receive, recv_from, channel
+                send, send_to, receive, recv_from, channel, like
             )
         if self.what in ("plan", "layout"):
             return replace(self.same(), header={**self.header, self.what: "other"}).exchange(
-                send, send_to, receive, recv_from, channel
+                send, send_to, receive, recv_from, channel, like
             )
         changed = {
             "short": lambda x: x.flatten()[:-BLOCK].clone(),
@@ -208,7 +208,8 @@ class Odd(Link):
         }[self.what]
         if self.what == "channel":
             channel = {"keys": "grads", "grads": "keys"}[channel]
-        return super().exchange([changed(x) for x in send], send_to, receive, recv_from, channel)
+        sends = [changed(x) for x in send]
+        return super().exchange(sends, send_to, receive, recv_from, channel, changed(like))
 
     def same(self) -> Link:
         return Link(**{field.name: getattr(self, field.name) for field in fields(Link)})

@@ -57,6 +57,39 @@ def assert_threads_match(name, world, exchange, nodes):
 
 
 @machine.needs("two gpus")
+@pytest.mark.parametrize(("exchange", "nodes"), [("ring", 1), ("hierarchical", 2), ("gather", 1)])
+def test_threads_on_two_gpus(exchange, nodes):
+    """Four ranks, two on each; against one device."""
+    inputs = gpu_ring.tensors(torch.float32)
+
+    def body(transport):
+        with gpu_ring.on_own_stream(transport):
+            cp = ContextParallel(
+                transport, pattern=gpu_ring.PATTERNS["vertical-slash"], exchange=exchange, recall_every=0
+            )
+            shard, full = gpu_ring.on_ring(cp, *gpu_ring.tensors(torch.float32))
+            return [x.cpu() for x in full], cp.plans(shard)[0]
+
+    full, plan = run_threads(4, body, nodes=nodes)[0]
+    expected = gpu_ring.one_device(*inputs, plan)
+    for what, actual, exact in zip(RESULTS, full, expected, strict=True):
+        tolerance.check("gpu-fp32", what, actual, exact.cpu(), FP32 * float(exact.abs().max()))
+
+
+@machine.needs("two gpus")
+def test_an_outer_transfer_is_in_flight_from_the_first_to_the_last_inner_step():
+    """2 x 2 threads, by events on copy streams and on the streams of the kernels.
+
+    Kernels of a turn inside the node begin and end while the slow transfer between nodes is in flight; those
+    that need what it brings begin when it has come.
+    """
+    for over, steps in run_threads(4, gpu_ring.flight_and_steps, nodes=2):
+        inner, outer = steps[:2], steps[2:]
+        assert all(0 < begin < end < over for begin, end in inner), (over, steps)
+        assert all(begin >= over for begin, _ in outer), (over, steps)
+
+
+@machine.needs("two gpus")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "name,exchange",

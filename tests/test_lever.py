@@ -233,14 +233,18 @@ class HotRow(Pattern):
 UNEQUAL = {0: HotRow(0.7), 1: HotRow(0.4), "default": Dense()}  # layers that no layout fits at once
 
 
+def unequal(*layers):
+    """Of a state: these layers as if seen to be unequal two steps ago."""
+    return {"known": [{"statistics": None, "movable": list(map(repr, layers)), "calls": []}]}
+
+
 def attend(
     transport, layer=0, name="batch 2", machine=WIRELESS, movable=(0, 1), dtype=torch.float64, **options
 ):
     """out, dq, dk, dv in full order of one layer, its plan and the report."""
-    options = {"pattern": UNEQUAL, "block_size": SIZE, "recall_every": 0} | options
+    options = {"pattern": UNEQUAL, "block_size": SIZE, "recall_every": 0, "machine": machine} | options
     cp = ContextParallel(transport, **options)
-    cp.machine = machine
-    cp.load_state_dict(cp.state_dict() | {"movable": [list(map(repr, movable))]})  # as if seen two steps ago
+    cp.load_state_dict(cp.state_dict() | unequal(*movable))
     batch = make_batch(name)
     size, length = batch["input_ids"].shape
     shard = cp.shard(batch)
@@ -310,11 +314,10 @@ def test_a_layer_is_looked_at_two_steps_after_it_was_unequal():
             return counts, cp.report(shard).moved
 
         options = dict(pattern=UNEQUAL, block_size=SIZE, recall_every=0, count_keys=0)
+        options |= dict(exchange="ring", machine=WIRELESS)
         cp = ContextParallel(watched, **options)
-        cp.machine = WIRELESS
         seen = [step(cp) for _ in range(3)]
         again = ContextParallel(watched, **options)
-        again.machine = WIRELESS
         again.load_state_dict(json.loads(json.dumps(cp.state_dict())))
         return seen, step(cp), step(again)
 
@@ -334,9 +337,9 @@ def test_recomputation_moves_the_same_queries(how):
 
         def body(transport):
             layers = [("blocks.0.attention", 0), ("blocks.1.attention", 0)]
-            cp = parallel(transport, pattern=dict(zip(layers, UNEQUAL.values(), strict=False)))
-            cp.machine = machine
-            cp.load_state_dict(cp.state_dict() | {"movable": [list(map(repr, layers))]})
+            pattern = dict(zip(layers, UNEQUAL.values(), strict=False))
+            cp = parallel(transport, pattern=pattern, machine=machine)
+            cp.load_state_dict(cp.state_dict() | unequal(*layers))
             model = cp.attach(models[transport.rank])
             shard = cp.shard(batch)
             loss = cp.loss(model(**shard.inputs), shard)
@@ -382,9 +385,9 @@ def test_gloo_equals_threads():
 
 def attend_on_gpu(group, axes=("cp",), sync="default"):
     """Errors of out, dq, dk, dv against one device, relative to the largest value, and the report."""
-    cp = ContextParallel(group, axes, pattern=UNEQUAL, recall_every=0, count_keys=0)
-    cp.machine = WIRELESS
-    cp.load_state_dict(cp.state_dict() | {"movable": [["0"]]})
+    pattern = {0: HotRow(0.55)}  # of a document whose end is at .62 of the sequence
+    cp = ContextParallel(group, axes, pattern=pattern, recall_every=0, count_keys=0, machine=WIRELESS)
+    cp.load_state_dict(cp.state_dict() | unequal(0))
     inputs = gpu_ring.tensors(torch.float32)
     gpu_ring.on_ring(cp, *inputs)  # makes communicators and kernels
     shard, actual = gpu_ring.on_ring(cp, *inputs, sync=sync)

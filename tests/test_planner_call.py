@@ -141,8 +141,8 @@ def test_all_layouts_hold_equally_many_blocks(n, world):
     for by_block in (np.arange(n) + 1.0, rng.random(n), np.ones(n), np.zeros(n), rng.pareto(1, n)):
         tiles = GivenTiles(np.tril(np.full((n, n), 0.1)))
         topology = H200.topology(world)
-        some = [*layouts(by_block, world, BLOCK), *local_layouts(by_block, tiles, BLOCK, topology)]
-        for layout in (*some, rebalance(some[0], by_block, tiles, 0.005)):
+        some = [*layouts(by_block, world, BLOCK), *local_layouts(by_block, [tiles], BLOCK, topology)]
+        for layout in (*some, rebalance(some[0], by_block, [tiles], 0.005)):
             assert set(layout.blocks_per_rank) == {n // world}, layout
 
 
@@ -180,7 +180,7 @@ def test_the_search_balances_packed_documents_near_where_they_are():
     documents = (tuple((int(a) * BLOCK, int(b) * BLOCK) for a, b in zip([0, *ends], ends, strict=False)),)
     tiles = expected_tiles(documents, n, BLOCK)
     by_block, start = tiles.sums(), contiguous(n, world, BLOCK)
-    found = rebalance(start, by_block, tiles, 0.01, inner=8, near=0.1)
+    found = rebalance(start, by_block, [tiles], 0.01, inner=8, near=0.1)
     before, after = (worker_imbalance(work_by_rank(x, by_block)[:, None]) for x in (start, found))
     assert before > 1.5 and after <= 1.02
     dealt = tiles.needed(work_sorted(by_block, world, BLOCK)).sum()
