@@ -1,4 +1,4 @@
-"""`sparring train|report ...` is `python -m sparring.launch.train|report ...`."""
+"""The console script: `sparring COMMAND ...` calls main of the module of that name, or of STARTED_BY."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMMANDS = {
-    "train": "train a model on long text (one rank per process of torchrun)",
-    "report": "draw the report of a run again",
+    "train": "train a model on long text: starts its processes by torchrun or Ray",
+    "report": "draw the report of a run again, or compare several",
+    "export": "write a checkpoint as a folder that transformers or peft loads",
+    "doctor": "check this machine: versions, devices, links, kernels, and what to do",
 }
+STARTED_BY = {"train": "start"}  # which itself starts the module of the command, once for each rank
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
         leave_checkout()
-        importlib.import_module(f".{arguments[0]}", __package__).main(arguments[1:])
+        module = STARTED_BY.get(arguments[0], arguments[0])
+        importlib.import_module(f".{module}", __package__).main(arguments[1:])
         return
     lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
     usage = "\n".join(["usage: sparring COMMAND [OPTIONS]", "", *lines])

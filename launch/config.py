@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TypeVar
 
-#: Settings that must be the same for a checkpoint to be resumed.
+from ..balance.layout import named
+from ..cp.exchange import check_exchange
+from ..kernels.patterns import PATTERNS
+from .settings import read_settings
+from .tokens import BYTES
+from .trackers import NO_TRACKER, TRACKERS
+
+#: Settings that must be the same for a checkpoint to be resumed; so must batch x dp, and what the data holds.
 RESUME_FIELDS = (
-    "data seed seq_len batch dp layers width heads kv_heads head_dim mlp pattern top_p max_density "
-    "block_size steps lr warmup weight_decay clip dtype"
+    "seed seq_len model lora_rank lora_alpha layers width heads kv_heads head_dim mlp pattern top_p "
+    "max_density block_size steps lr warmup weight_decay clip dtype"
 ).split()
 
 
@@ -16,21 +27,28 @@ RESUME_FIELDS = (
 class TrainConfig:
     """Train a Llama-architecture model on long text with sparse context parallelism.
 
-    Run under torchrun (one process per rank); without it the job runs on one rank. The defaults are
-    those of a CPU machine, or of a GPU machine where this is one.
+    The defaults are those of a CPU machine, or of a GPU machine where this is one. Add a setting as a line
+    below with its comment, which --help shows, and a check.
     """
 
-    data: str | None = None  # Text file or folder; default: the sources of Python's standard library.
+    data: str | None = None  # Text, .jsonl, .parquet, .arrow, saved dataset, folder; default: Python's own.
+    text_field: str = "text"  # Where records of JSON lines or tables have their text.
+    tokenizer: str | None = None  # Folder of a tokenizer, or bytes; default: that of model, else bytes.
     out: str = "runs/quickstart"  # Folder of metrics, checkpoints, summary.json and report.png.
     seed: int = 0  # Of the initial weights and the order of the data.
     resume: bool = False  # Continue from the newest checkpoint in `out`, if there is one.
     device: str = "auto"  # auto | cpu | cuda
 
     seq_len: int = 8192  # Tokens in one packed sequence, over all ranks.
+    packing: str = "concat"  # Documents in rows: concat (cut where a row ends) | best-fit (whole; padding)
     batch: int = 1  # Sequences per data-parallel group and step.
     dp: int = 1  # Data-parallel groups; the ranks of each share one sequence.
 
-    layers: int = 2  # Transformer layers.
+    model: str | None = None  # Folder of a transformers causal LM to train on; default: drawn by seed.
+    lora_rank: int = 0  # Of adapters that alone are trained (LoRA); 0 trains all weights.
+    lora_alpha: float | None = None  # Adapters count lora_alpha / lora_rank times; default: twice.
+
+    layers: int = 2  # Transformer layers. This and the next five are not for --model.
     width: int = 256  # Of the residual stream.
     heads: int = 4  # Query heads.
     kv_heads: int = 2  # Key/value heads, each shared by heads / kv_heads query heads.
@@ -50,24 +68,35 @@ class TrainConfig:
     warmup: int = 4  # Steps of linear warmup.
     weight_decay: float = 0.1  # AdamW, on matrices only.
     clip: float = 1.0  # Largest gradient norm.
-    dtype: str = "float32"  # float32 | bfloat16 (weights; the optimizer keeps fp32 copies)
-    checkpointing: bool = False  # Recompute activations in the backward pass: less memory, more time.
+    dtype: str = "float32"  # Of the computation: float32 | bfloat16; trained weights are fp32.
+
+    shard: str = "full"  # Weights: full (over all ranks) | hybrid (within data-parallel groups) | none
+    checkpointing: str = "none"  # Recompute in the backward: none | selective (not attention) | full (layers)
+    offload: bool = False  # Keep the inputs of layers in CPU memory; with full checkpointing.
+    mlp_tiles: int = 1  # Parts of the tokens on which feed-forward parts work, one after another.
 
     save_every: int = 20  # Steps between checkpoints; 0 saves none.
     keep: int = 2  # Checkpoints kept.
     log_every: int = 1  # Steps between progress lines where there is no terminal.
+    tracker: str = "none"  # Besides metrics.jsonl: none | tensorboard | wandb (sends to its server)
+    profile_step: int | None = None  # Step (from 0) that torch.profiler records, into profile/ of `out`.
     compare: bool = True  # Also run dense and one-block-window attention, same seed and steps.
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
-        for name in ("warmup", "weight_decay", "save_every", "seed"):
+        for name in ("warmup", "weight_decay", "save_every", "seed", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be less than 0")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r} must be one of {sorted(PATTERNS)}")
+        if self.layout != "auto":
+            named(self.layout, 1, 1, self.block_size)  # raises if there is no such layout
+        check_exchange(self.exchange)
         if self.seq_len < self.block_size:
             raise ValueError(
                 f"seq_len={self.seq_len} is shorter than one block of block_size={self.block_size}; "
@@ -85,9 +114,33 @@ class TrainConfig:
                 f"warmup={self.warmup} must be less than steps={self.steps}, "
                 f"or the learning rate never decays"
             )
+        if self.profile_step is not None and not 0 <= self.profile_step < self.steps:
+            raise ValueError(
+                f"profile_step={self.profile_step} and steps={self.steps}; give a step from 0 to steps - 1"
+            )
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError(f"lora_alpha={self.lora_alpha} and lora_rank=0; give both, or leave it out")
+        if self.offload and self.checkpointing != "full":
+            raise ValueError(
+                f"offload=True and checkpointing={self.checkpointing!r}: the inputs of layers are offloaded, "
+                f"which full checkpointing alone keeps; set checkpointing to full"
+            )
+        for name in _SIZES if self.model is not None else ():
+            if getattr(self, name) not in [getattr(default_config(cuda), name) for cuda in (False, True)]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} and model={self.model!r}: sizes are those of the model; "
+                    f"leave {name} out"
+                )
         for name in ("top_p", "max_density"):
             if getattr(self, name) > 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} is a share: it must be at most 1.0")
+
+    def absolute(self) -> TrainConfig:
+        """The same where paths hold in any working directory."""
+        paths = {name: getattr(self, name) for name in _PATHS}
+        if self.tokenizer != BYTES:
+            paths["tokenizer"] = self.tokenizer
+        return replace(self, **{name: path and str(Path(path).absolute()) for name, path in paths.items()})
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` (from 0): every `save_every`, and at the end."""
@@ -96,18 +149,33 @@ class TrainConfig:
 
     def differences(self, saved: dict) -> list[str]:
         """What forbids resuming from a checkpoint of settings `saved`, one line each."""
-        return [
-            f"{name}: checkpoint {saved.get(name)!r}, now {getattr(self, name)!r}"
+        now = asdict(self)
+        found = [
+            f"{name}: checkpoint {saved.get(name)!r}, now {now[name]!r}"
             for name in RESUME_FIELDS
-            if saved.get(name) != getattr(self, name)
+            if saved.get(name) != now[name]
         ]
+        steps = [[settings.get(name, 0) for name in ("batch", "dp")] for settings in (saved, now)]
+        if math.prod(steps[0]) != math.prod(steps[1]):
+            then, here = (f"{batch} x {dp}" for batch, dp in steps)
+            found.append(f"batch x dp: checkpoint {then}, now {here}")
+        return found
 
 
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "mlp")
+_PATHS = ("data", "out", "model")
 _POSITIVE = (
     "seq_len batch dp layers width heads kv_heads head_dim mlp block_size steps lr clip top_p "
-    "max_density keep log_every timeout"
+    "max_density keep log_every timeout mlp_tiles"
 ).split()
-_CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16")}
+_CHOICES = {
+    "packing": ("concat", "best-fit"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("float32", "bfloat16"),
+    "shard": ("full", "hybrid", "none"),
+    "checkpointing": ("none", "selective", "full"),
+    "tracker": (NO_TRACKER, *TRACKERS),
+}
 
 
 def default_config(cuda: bool) -> TrainConfig:
@@ -126,22 +194,51 @@ def default_config(cuda: bool) -> TrainConfig:
         lr=6e-4,
         warmup=10,
         dtype="bfloat16",
-        checkpointing=True,
+        checkpointing="full",
         max_density=0.15,
         save_every=50,
     )
 
 
-def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that command-line `arguments` (default: `sys.argv[1:]`) describe.
+@dataclass(frozen=True)
+class Command:
+    """Train a transformer on long text with sparse context parallelism."""
 
-    A refused value ends the program with the reason and exit code 2, as any usage error does.
+    settings: TrainConfig
+    config: Path | None = None  # TOML or JSON file of settings; those given here win. A run writes one.
+
+
+C = TypeVar("C", bound=Command)
+
+
+def parse_command(kind: type[C], arguments: Sequence[str]) -> C:
+    """The command of this kind that `arguments` describe, their file of settings read.
+
+    Usage errors, files among them, end the program with the reason and exit code 2.
     """
     import torch
     import tyro
 
     default = default_config(torch.cuda.is_available())
-    return tyro.cli(TrainConfig, prog="sparring train", args=arguments, default=default)
+    given, _ = tyro.cli(_File, args=arguments, return_unknown_args=True, add_help=False)
+    if given.config:
+        try:
+            default = read_settings(given.config, default)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from error
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, prog="sparring train", args=arguments, default=kind(default), config=flat)
+
+
+@dataclass(frozen=True)
+class _File:
+    config: Path | None = None
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The settings that command-line `arguments` (default: `sys.argv[1:]`) describe; see `parse_command`."""
+    return parse_command(Command, sys.argv[1:] if arguments is None else arguments).settings
 
 
 def describe(config: TrainConfig) -> str:

@@ -1,103 +1,41 @@
-"""Long text as packed sequences of bytes, in an order that seed and epoch alone decide."""
+"""Packed rows in an order that seed and epoch alone decide, from any position, for any number of replicas."""
 
 from __future__ import annotations
 
-import os
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-BEGIN = 256  #: Token that opens every document.
-VOCAB_SIZE = 257  #: The 256 bytes and BEGIN.
-IGNORE = -100  #: Label where there is nothing to predict.
-
-_SKIPPED = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages"}
-
-
-def encode(text: bytes) -> np.ndarray:
-    """One document as tokens: BEGIN, then its bytes. uint16 [len(text) + 1]."""
-    return np.concatenate([[BEGIN], np.frombuffer(text, dtype=np.uint8)]).astype(np.uint16)
+from .config import TrainConfig
+from .corpus import prepare_corpus
+from .packing import Rows, pack
+from .tokens import BEGIN as BEGIN
+from .tokens import BYTES
+from .tokens import VOCAB_SIZE as VOCAB_SIZE
 
 
-def decode(tokens: torch.Tensor) -> str:
-    """The text of a sequence of tokens [S]; BEGIN reads as a line of its own."""
-    parts = bytes(b for t in tokens.tolist() for b in (b"\n<begin>\n" if t == BEGIN else [t]))
-    return parts.decode("utf-8", errors="replace")
-
-
-def standard_library() -> Iterator[bytes]:
-    """Sources of the running interpreter's standard library: one document per folder, sorted.
-
-    A document is the .py files of one package joined (the top-level modules make one too), so that
-    documents are long and what happens late in them depends on what was defined far before.
-    """
-    root = sysconfig.get_path("stdlib")
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - _SKIPPED)
-        sources = [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
-        if sources:
-            yield b"\n".join(path.read_bytes() for path in sources)
-
-
-def text_files(path: Path) -> Iterator[bytes]:
-    """One document per file: `path` itself, or every visible text file below it, sorted."""
-    if path.is_file():
-        yield path.read_bytes()
-        return
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
-            content = file.read_bytes()
-            if content and b"\0" not in content[:8192]:
-                yield content
-
-
-def read_documents(data: str | None) -> list[np.ndarray]:
-    """The documents of `--data` (a file or a folder), or of the standard library, as tokens."""
-    if data is not None and not Path(data).exists():
-        raise ValueError(f"--data {data}: no such file or folder")
-    texts = standard_library() if data is None else text_files(Path(data))
-    return [encode(text) for text in texts]
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Packed text: tokens uint16 [rows, seq_len], and their positions in document, int32 alike."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-
-    @property
-    def mean_visible_context(self) -> float:
-        """Mean over tokens of how many tokens a causal query sees in its document, itself included."""
-        return float(self.positions.mean(dtype=np.float64)) + 1.0
-
-
-def pack(documents: list[np.ndarray], seq_len: int) -> Rows:
-    """Lay documents end to end and cut rows of `seq_len` tokens; what is left at the end is dropped.
-
-    A document longer than a row goes on in the next one, where its positions begin anew: rows are
-    independent. Long documents so make long visible contexts.
-    """
-    total = sum(len(document) for document in documents)
-    rows = total // seq_len
-    if rows == 0:
-        raise ValueError(
-            f"the data holds {total} tokens, fewer than seq_len={seq_len}; "
-            f"give more text or a smaller seq_len"
-        )
-    tokens = np.concatenate(documents)[: rows * seq_len].reshape(rows, seq_len)
-    column = np.arange(seq_len, dtype=np.int32)
-    begins = np.where(tokens == BEGIN, column, np.int32(0))
-    return Rows(tokens, column - np.maximum.accumulate(begins, axis=1))
+def prepare_rows(config: TrainConfig, *, chief: bool) -> Rows:
+    """The rows that `config` describes, of tokens in `<out>/tokens` that `chief` makes if need be."""
+    corpus = prepare_corpus(
+        Path(config.out) / "tokens",
+        config.data,
+        config.text_field,
+        config.tokenizer or config.model or BYTES,
+        chief=chief,
+        timeout=config.timeout,
+    )
+    return pack(corpus, config.seq_len, config.packing)
 
 
 class PackedText:
     """Endless batches of packed rows: the same on all ranks of one data-parallel coordinate.
+
+    One endless sequence of rows, every epoch a shuffle of all of them, is dealt out from its beginning:
+    batch x dp_size rows a step, in the order of dp_rank. The position is how many were dealt. So whoever
+    goes on from there, with whatever batch and dp_size, neither repeats a row nor leaves one out, also
+    where a step has the last rows of an epoch and the first of the next.
 
     Args:
         rows: from `pack`; the rows of one batch are [B=batch, S=seq_len].
@@ -110,53 +48,45 @@ class PackedText:
     ) -> None:
         self.rows, self.batch, self.seed = rows, batch, seed
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        count, seq_len = rows.tokens.shape
-        if count < batch * dp_size:
+        if len(rows) < batch * dp_size:
             raise ValueError(
-                f"the data holds {count} sequences of {seq_len} tokens, fewer than the "
+                f"the data holds {len(rows)} sequences of {rows.seq_len} tokens, fewer than the "
                 f"{batch * dp_size} of one step (batch={batch} x dp={dp_size}); give more text"
             )
-        self.epoch, self.row = 0, 0
-        self._order = self._shuffle()
+        self.dealt = 0
+        self._epoch, self._order = 0, self._shuffle(0)
 
-    def _shuffle(self) -> np.ndarray:
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows.tokens))
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def _row(self, position: int) -> int:
+        epoch, at = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        return int(self._order[at])
 
     def __iter__(self) -> PackedText:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids, labels, each int64 [B, S].
+        """The next batch of this coordinate, as `Rows.batch` has it."""
+        first = self.dealt + self.dp_rank * self.batch
+        self.dealt += self.batch * self.dp_size
+        return self.rows.batch([self._row(first + i) for i in range(self.batch)])
 
-        Positions restart at each document. Labels are the input ids, not shifted, IGNORE at the
-        first token of each document, which nothing before it can predict.
-        """
-        if self.row + self.batch * self.dp_size > len(self._order):
-            self.epoch, self.row = self.epoch + 1, 0
-            self._order = self._shuffle()
-        first = self.row + self.dp_rank * self.batch
-        rows = self._order[first : first + self.batch]
-        self.row += self.batch * self.dp_size
-
-        input_ids = torch.from_numpy(self.rows.tokens[rows].astype(np.int64))
-        position_ids = torch.from_numpy(self.rows.positions[rows].astype(np.int64))
-        labels = input_ids.masked_fill(position_ids == 0, IGNORE)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins; the same on every rank."""
-        return {"epoch": self.epoch, "row": self.row, **self._identity()}
+        return {"dealt": self.dealt, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; refused if it is of other data or another order."""
         for name, now in self._identity().items():
-            if state[name] != now:
+            if state.get(name) != now:
                 raise ValueError(
-                    f"the data position was saved with {name}={state[name]}, this data has "
-                    f"{name}={now}; resume with the same data, seq_len and seed"
+                    f"the data position was saved with {name}={state.get(name)}, this data has "
+                    f"{name}={now}; resume with the same data, tokenizer, packing, seq_len and seed"
                 )
-        self.epoch, self.row = state["epoch"], state["row"]
-        self._order = self._shuffle()
+        self.dealt = state["dealt"]
 
-    def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "rows": len(self.rows.tokens)}
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "rows": len(self.rows), "identity": self.rows.identity}

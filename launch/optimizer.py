@@ -1,83 +1,46 @@
-"""AdamW on fp32 weights, whatever the dtype of the model, with a cosine schedule."""
+"""AdamW on the trained weights, with clipped gradients and a cosine schedule."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
 
 
-class Optimizer:
-    """AdamW with gradient clipping; parameters that are not fp32 get an fp32 copy to step on.
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW of the parameters that are trained, wherever they are sharded. Only matrices decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
-    Only matrices decay. Gradients must be complete (summed over ranks) before `step`.
+
+def update(optimizer: torch.optim.AdamW, config: TrainConfig, step: int) -> tuple[Tensor, float]:
+    """One update with the learning rate of `step` (from 0); clears the gradients, which must be complete.
+
+    Returns the norm of all gradients before clipping (0-d, on the device) and the learning rate.
+
+    FloatingPointError, before anything is changed, if the norm is not finite. Waits for the device.
     """
-
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.config = config
-        self.parameters = dict(model.named_parameters())
-        self.weights = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self.parameters.items()
-        }
-        matrices = [w for w in self.weights.values() if w.ndim >= 2]
-        others = [w for w in self.weights.values() if w.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
-
-    def step(self, step: int) -> tuple[torch.Tensor, float]:
-        """One update with the learning rate of `step` (from 0); clears the gradients.
-
-        Returns the gradient norm before clipping (0-d, on the device) and the learning rate.
-        """
-        for name, parameter in self.parameters.items():
-            weight = self.weights[name]
-            if weight is not parameter and parameter.grad is not None:
-                weight.grad, parameter.grad = parameter.grad.float(), None
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip)
-        rate = learning_rate(self.config, step)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        self._publish()
-        return norm, rate
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Copy the fp32 weights into the model's own, where those are of another dtype."""
-        for name, parameter in self.parameters.items():
-            if self.weights[name] is not parameter:
-                parameter.copy_(self.weights[name])
-
-    def state_dict(self) -> dict:
-        """{"weights": fp32 weights, "state": AdamW's tensors}, both by parameter name."""
-        state = {name: dict(self.adamw.state[w]) for name, w in self.weights.items()}
-        return {"weights": {n: w.detach() for n, w in self.weights.items()}, "state": state}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Restore weights (the model's too) and AdamW's state exactly."""
-        for name, weight in self.weights.items():
-            saved = state["weights"].get(name)
-            if saved is None or saved.shape != weight.shape:
-                shape = None if saved is None else tuple(saved.shape)
-                raise ValueError(
-                    f"parameter {name} has shape {tuple(weight.shape)}, the saved one {shape}; "
-                    f"resume with the model that was saved"
-                )
-            weight.copy_(saved)
-            self.adamw.state[weight] = {
-                key: value.to(value.device if key == "step" else weight.device).clone()
-                for key, value in state["state"][name].items()
-            }
-        self._publish()
+    rate = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not total.isfinite():
+        raise FloatingPointError(f"the norm of the gradients of step {step} is {total.item()}")
+    nn.utils.clip_grads_with_norm_(trained, config.clip, norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, rate
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

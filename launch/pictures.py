@@ -12,6 +12,24 @@ from matplotlib.axes import Axes
 from ..balance import step_imbalance, worker_imbalance
 
 INK, MUTED, GRID, BLUE, ORANGE = "#22252b", "#737985", "#e3e6eb", "#1f6feb", "#e8590c"
+#: Settings of matplotlib, for rc_context.
+STYLE = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
 
 
 def draw_layouts(figure: Any, rows: Sequence[dict[str, Any]]) -> None:

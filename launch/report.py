@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .compare import compare_runs
 from .metrics import read_metrics
-from .pictures import BLUE, GRID, INK, MUTED, ORANGE, draw_layouts
+from .page import PICTURE, read_json, write_page
+from .pictures import BLUE, GRID, INK, MUTED, ORANGE, STYLE, draw_layouts
 
 CURVES = {
     "train": (None, BLUE, 2.2),
@@ -37,12 +38,11 @@ def write_report(run_dir: str | Path) -> Path:
         rows.setdefault(row["kind"], []).append(row)
     if "train" not in rows:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no training steps; train there first")
-    path = run_dir / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    summary = read_json(run_dir / "summary.json")
 
     work = [row for row in rows.get("work", []) if row["step"] == rows["work"][-1]["step"]]
     layers, steps = rows.get("layers", []), rows["train"][-1]["step"] + 1
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context(STYLE):
         heights = (4.4, 3.3, 8) if work else (4.4, 3.3)  # inches
         figure = Figure(figsize=(13, sum(heights)), layout="constrained")
         top, middle, *below = figure.subfigures(len(heights), 1, height_ratios=heights)
@@ -50,36 +50,17 @@ def write_report(run_dir: str | Path) -> Path:
         _draw_loss(loss, rows, summary.get("pattern", "sparse"))
         _draw_layers(density, layers, "density", steps)
         _draw_layers(recall, layers, "recall", steps)
-        worker, step, traffic, exposed = middle.subplots(1, 4)
+        worker, step, traffic, exposed, speed = middle.subplots(1, 5)
         _draw_imbalance(worker, rows, "worker_imbalance")
         _draw_imbalance(step, rows, "step_imbalance")
         _draw_traffic(traffic, rows["train"])
         _draw_exposed(exposed, rows["train"])
+        _draw_speed(speed, rows["train"])
         if work:
             draw_layouts(below[0], work)
         figure.suptitle(_title(summary), color=MUTED, fontsize=10, x=0.012, ha="left")
-        figure.savefig(run_dir / "report.png", dpi=130)
-    return run_dir / "report.png"
-
-
-def _style() -> dict[str, Any]:
-    return {
-        "font.size": 9,
-        "text.color": INK,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": GRID,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "legend.frameon": False,
-    }
+        figure.savefig(run_dir / PICTURE, dpi=130)
+    return run_dir / PICTURE
 
 
 def _title(summary: dict[str, Any]) -> str:
@@ -101,7 +82,7 @@ def _draw_loss(axes: Axes, rows: dict[str, list[dict[str, Any]]], pattern: str) 
             loss = [row["loss"] for row in rows[kind]]
             label = f"{label}  {loss[-1]:.3f}"
             axes.plot(steps, loss, color=color, linewidth=width, label=label)
-    axes.set(title="loss", xlabel="step", ylabel="nats per byte")
+    axes.set(title="loss", xlabel="step", ylabel="nats per token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(title="last step", alignment="left")
 
@@ -157,6 +138,15 @@ def _draw_exposed(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _draw_speed(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    _plot(axes, rows, "model_tflops", "model", color=BLUE, linewidth=1.8)
+    _plot(axes, rows, "attention_tflops", "attention", color=ORANGE, linewidth=1.2)
+    axes.set(title="operations of a rank", xlabel="step", ylabel="TFLOP/s")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(axes)
+
+
 def _legend_below(axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8, handlelength=1.4)
 
@@ -170,11 +160,19 @@ def _plot(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, scale: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`sparring report [RUN]`: draw the report of a run again."""
-    parser = argparse.ArgumentParser(prog="sparring report", description=write_report.__doc__)
-    parser.add_argument("run_dir", nargs="?", default="runs/quickstart")
+    """`sparring report [RUN ...]`: draw the report of one run again, or compare several."""
+    parser = argparse.ArgumentParser(prog="sparring report", description=main.__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs/quickstart")])
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.png"), help="picture of several runs (%(default)s)"
+    )
+    given = parser.parse_args(arguments)
     try:
-        print(write_report(parser.parse_args(arguments).run_dir))
+        if len(given.runs) == 1:
+            print(f"{write_report(given.runs[0])}\n{write_page(given.runs[0])}")
+        else:
+            compare_runs(given.runs, given.out)
+            print(given.out)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

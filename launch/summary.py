@@ -12,6 +12,7 @@ from ..balance import candidates, step_imbalance, step_of_source, work_matrices,
 from ..balance.schedule import HEADS, HEADS_RING
 from ..cp import ContextParallel, Report, Shard
 from .config import TrainConfig
+from .measure import slow_rank
 from .metrics import read_metrics
 
 
@@ -20,9 +21,9 @@ def step_statistics(report: Report) -> dict[str, Any]:
 
     predicted_*: as the planner expected them when it chose the layout, None where it did not choose.
     least_bytes: what the plans make necessary, of keys and their gradients. exposed: share of the step spent
-    waiting for other ranks.
+    waiting for other ranks. headers, header_wait: how often hosts waited for a header, and seconds in all.
     """
-    names = "density recall worker_imbalance step_imbalance layout exposed".split()
+    names = "density recall worker_imbalance step_imbalance layout exposed headers header_wait".split()
     values = {name: getattr(report, name) for name in names}
     work = report.predicted
     values["predicted_worker_imbalance"] = None if work is None else worker_imbalance(work)
@@ -63,9 +64,9 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
         "rank_of_block": shard.layout.source_of_block.tolist(),
         "work_of_block": (tiles.sum(1) + columns).tolist(),
     }
-    if cp.exchange in (HEADS, HEADS_RING):
+    if shard.exchange in (HEADS, HEADS_RING):
         return [chosen | {"work": cp.report(shard).work.tolist()}]
-    steps = step_of_source(cp.exchange, world, shard.transport.nodes)
+    steps = step_of_source(shard.exchange, world, shard.transport.nodes)
     table = shard.decision.table or candidates(blocks, world, size, tiles, columns, steps)
     others = [each.layout for each in table if each.layout.name != shard.layout.name]
     works = [work.tolist() for work in work_matrices([*others, shard.layout], tiles, columns, steps)]
@@ -77,15 +78,17 @@ def work_by_layout(cp: ContextParallel, shard: Shard) -> list[dict[str, Any]]:
 
 
 def summarize(
-    config: TrainConfig, metrics: Path, *, world_size: int, parameters: int, context: float
+    config: TrainConfig, metrics: Path, *, world_size: int, parameters: int, context: float, padding: float
 ) -> dict[str, Any]:
     """The summary of a run from its metrics.
 
     Rows of text differ, so each last loss is the mean of the last tenth of the steps. Other means are
-    over all steps that measured the value; what was not measured, or not run, is None.
+    over all steps that measured the value; what was not measured, or not run, is None. straggler: the rank
+    that the others waited for in more than half of the steps, for straggler_wait seconds each on average.
     """
     rows = list(read_metrics(metrics, "train"))
     tail = max(1, config.steps // 10)
+    straggler, straggler_wait = slow_rank(rows) or (None, None)
     last = {
         kind: _mean(list(read_metrics(metrics, kind))[-tail:], "loss") for kind in ("train", "dense", "local")
     }
@@ -94,6 +97,7 @@ def summarize(
         "steps": config.steps,
         "seq_len": config.seq_len,
         "mean_visible_context": context,
+        "padding": padding,
         "world_size": world_size,
         "parameters": parameters,
         "loss_first": rows[0]["loss"],
@@ -110,10 +114,26 @@ def summarize(
         "bytes": _mean(rows, "bytes"),
         "least_bytes": _mean(rows, "least_bytes"),
         "exposed": _mean(rows, "exposed"),
-        "tokens_per_second": median(row["tokens_per_second"] for row in rows),
+        "headers": _mean(rows, "headers"),
+        "header_wait": _mean(rows, "header_wait"),
+        "straggler": straggler,
+        "straggler_wait": straggler_wait,
+        "tokens_per_second": _median(rows, "tokens_per_second"),
+        "model_tflops": _median(rows, "model_tflops"),
+        "attention_tflops": _median(rows, "attention_tflops"),
+        "peak_memory": max(_values(rows, "peak_memory"), default=None),
     }
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row.get(name) is not None]
+    values = _values(rows, name)
     return fmean(values) if values else None
+
+
+def _median(rows: list[dict[str, Any]], name: str) -> float | None:
+    values = _values(rows, name)
+    return median(values) if values else None
+
+
+def _values(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]

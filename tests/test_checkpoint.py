@@ -1,24 +1,20 @@
-"""launch/checkpoint.py and the state of launch/optimizer.py: exact, tamper-evident, crash-safe."""
+"""launch/checkpoint.py: exact, tamper-evident, crash-safe."""
 
 import builtins
 import json
 import pickle
 import random
-from dataclasses import replace
+import threading
 
 import pytest
 import torch
-from torch import nn
 
-from sparring.cp import ContextParallel
-from sparring.launch import checkpoint
-from sparring.launch.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from sparring.launch.config import TrainConfig
-from sparring.launch.data import PackedText, encode, pack
-from sparring.launch.optimizer import Optimizer, learning_rate
-from sparring.launch.trainee import Trainee
+from sparring.launch import checkpoint, manifest, shards
+from sparring.launch.checkpoint import load_checkpoint, save_checkpoint
+from sparring.launch.manifest import CheckpointError
+from sparring.launch.saver import Saver
 
-CONFIG = TrainConfig(steps=12, warmup=3)
+SHARD = "shard-00000.safetensors"
 
 
 def state_of(step):
@@ -29,6 +25,24 @@ def state_of(step):
         "half": {"x": torch.randn(5, generator=generator).bfloat16()},
         "empty": {},
     }
+
+
+def blank(state):
+    """A template: the same tensors, other values."""
+    if isinstance(state, dict):
+        return {key: blank(value) for key, value in state.items()}
+    return torch.full_like(state, 77) if isinstance(state, torch.Tensor) else "other"
+
+
+def load(root):
+    return load_checkpoint(root, blank(state_of(0)))
+
+
+def seal(folder, name):
+    """Let the manifest say that a changed file is as it should be."""
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"][name] = manifest.fingerprint(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(content))
 
 
 def assert_equal(left, right):
@@ -45,16 +59,19 @@ def assert_equal(left, right):
 
 def test_round_trip_is_exact(tmp_path):
     folder = save_checkpoint(tmp_path, 7, state_of(7))
-    step, state = load_checkpoint(tmp_path)
+    template = blank(state_of(7))
+    step, state = load_checkpoint(tmp_path, template)
     assert step == 7
     assert_equal(state, state_of(7))
+    assert state["model"]["a.weight"] is template["model"]["a.weight"]  # filled in place
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
 
 
 def test_views_and_shared_storage_are_saved_as_what_they_show(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
-    save_checkpoint(tmp_path, 1, {"views": {"t": whole.T, "row": whole[1], "whole": whole}})
-    views = load_checkpoint(tmp_path)[1]["views"]
+    state = {"views": {"t": whole.T, "row": whole[1], "flat": whole.view(-1), "whole": whole}}
+    save_checkpoint(tmp_path, 1, state)
+    views = load_checkpoint(tmp_path, blank(state))[1]["views"]
     assert torch.equal(views["t"], whole.T) and torch.equal(views["row"], whole[1])
 
 
@@ -63,7 +80,7 @@ def test_views_and_shared_storage_are_saved_as_what_they_show(tmp_path):
     [
         ({"layer": {0: torch.ones(1)}}, TypeError, "layer.0: this key is not a string"),
         ({"of": {"thing": object()}}, TypeError, "of.thing: object is neither"),
-        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, ValueError, "'a.b'"),
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, ValueError, r"'planner\.a\.b'"),
     ],
 )
 def test_what_cannot_be_restored_exactly_is_refused(tmp_path, value, error, message):
@@ -78,12 +95,12 @@ def test_only_the_newest_are_kept_and_a_saved_step_is_never_overwritten(tmp_path
     assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-000004", "step-000006"]
     again = save_checkpoint(tmp_path, 6, state_of(60), keep=2)
     assert again.name == "step-000006-1"
-    assert_equal(load_checkpoint(tmp_path)[1], state_of(60))
+    assert_equal(load(tmp_path)[1], state_of(60))
 
 
 def test_without_a_complete_checkpoint_loading_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="latest.*no complete checkpoint"):
-        load_checkpoint(tmp_path)
+        load(tmp_path)
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
@@ -100,42 +117,86 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path):
         for version in damaged:
             path.write_bytes(version)
             try:
-                step, state = load_checkpoint(tmp_path)
+                step, state = load(tmp_path)
             except CheckpointError as error:
                 assert str(folder) in str(error)
             else:  # only in what the manifest says of no file: its white space, its step
                 assert path.name == "manifest.json" and step == 3
                 assert_equal(state, state_of(3))
         path.write_bytes(content)
-    assert_equal(load_checkpoint(tmp_path)[1], state_of(3))
+    assert_equal(load(tmp_path)[1], state_of(3))
 
 
 def test_a_missing_file_is_named(tmp_path):
     folder = save_checkpoint(tmp_path, 3, state_of(3))
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: missing"):
-        load_checkpoint(tmp_path)
+    (folder / SHARD).unlink()
+    with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors: missing"):
+        load(tmp_path)
 
 
-@pytest.mark.parametrize("crash_at", ["save_file", "_write_json", "_fingerprint", "os.replace"])
-def test_a_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, crash_at):
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("b", None, r"state\.json: has model\.b, which the model has not; 1 in all"),
+        ("c", torch.zeros(2), r"state\.json: model\.c is missing"),
+        ("a.weight", torch.zeros(4, 3), r"model\.a\.weight has shape \(3, 4\) here, \(4, 3\) in the model"),
+        ("a.weight", torch.zeros(3, 4).bfloat16(), r"has dtype torch\.float32 here, torch\.bfloat16 in"),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_model_are_refused(tmp_path, name, tensor, message):
+    save_checkpoint(tmp_path, 3, state_of(3))
+    template = blank(state_of(3))
+    del template["model"][name if tensor is None else "b"]
+    template["model"] |= {"b": torch.tensor(0.0)} if tensor is not None else {}
+    template["model"] |= {} if tensor is None else {name: tensor}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(tmp_path, template)
+    assert "step-000003" in str(caught.value)
+
+
+def test_files_of_another_run_are_refused(tmp_path):
+    """Its manifest, its shard, its whole folder under a name of this run."""
+    ours, theirs = (save_checkpoint(tmp_path / name, 3, state_of(n)) for n, name in enumerate("ab"))
+    for name in ("manifest.json", SHARD):
+        content = (ours / name).read_bytes()
+        (ours / name).write_bytes((theirs / name).read_bytes())
+        with pytest.raises(CheckpointError, match=f"{SHARD}: damaged"):
+            load(tmp_path / "a")
+        (ours / name).write_bytes(content)
+    theirs.rename(ours.parent / "step-000005")
+    (ours.parent / "latest").write_text("../b/step-000003")
+    with pytest.raises(CheckpointError, match="latest: '../b/step-000003' is not the name of a checkpoint"):
+        load(tmp_path / "a")
+
+
+def crash(*_, **__):
+    raise KeyboardInterrupt
+
+
+MOMENTS = {
+    "before any data": (shards, "save_file"),
+    "after the data": (checkpoint, "write_json"),
+    "before the manifest": (checkpoint, "commit"),
+    "between manifest and latest": (manifest.os, "replace"),
+    "while cleaning up": (manifest.shutil, "rmtree"),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_crash_while_saving_leaves_a_complete_checkpoint(tmp_path, monkeypatch, moment, again):
+    """The previous one, or the new one where only the cleaning is left to do."""
     save_checkpoint(tmp_path, 2, state_of(2))
-
-    def crash(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        if crash_at == "os.replace":
-            patch.setattr(checkpoint.os, "replace", crash)
-        else:
-            patch.setattr(checkpoint, crash_at, crash)
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, 4, state_of(4))
-    step, state = load_checkpoint(tmp_path)
-    assert step == 2
-    assert_equal(state, state_of(2))
+    step = 2 if again else 4
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*MOMENTS[moment], crash)
+        save_checkpoint(tmp_path, step, state_of(40), keep=1)
+    done = moment == "while cleaning up"
+    found, state = load(tmp_path)
+    assert found == (step if done else 2)
+    assert_equal(state, state_of(40 if done else 2))
     save_checkpoint(tmp_path, 4, state_of(4), keep=1)  # the next save works, and cleans up
-    assert load_checkpoint(tmp_path)[0] == 4
+    assert load(tmp_path)[0] == 4
     assert len(list(tmp_path.glob("step-*"))) == 1
 
 
@@ -148,16 +209,17 @@ def test_a_planted_pickle_never_runs(tmp_path):
 
     folder = save_checkpoint(tmp_path, 1, state_of(1))
     planted = pickle.dumps(Payload())
-    (folder / ".metadata").write_bytes(planted)
-    load_checkpoint(tmp_path)
-    (folder / "model.safetensors").write_bytes(planted)
-    with pytest.raises(CheckpointError):
-        load_checkpoint(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoint._fingerprint(folder / "model.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="model.safetensors"):
-        load_checkpoint(tmp_path)
+    for name, message in ((".metadata", "a pickle"), ("extra.pt", "not in the manifest")):
+        (folder / name).write_bytes(planted)
+        with pytest.raises(CheckpointError, match=f"{name}: {message}"):
+            load(tmp_path)
+        (folder / name).unlink()
+    (folder / SHARD).write_bytes(planted)
+    with pytest.raises(CheckpointError, match=f"{SHARD}: damaged"):
+        load(tmp_path)
+    seal(folder, SHARD)
+    with pytest.raises(CheckpointError, match="step-000001"):
+        load(tmp_path)
     assert not canary.exists()
     pickle.loads(planted)
     assert canary.exists()  # the payload would have worked
@@ -168,99 +230,40 @@ def test_the_error_is_an_exception_that_can_be_pickled():
     assert isinstance(error, Exception) and str(error) == "a: damaged"
 
 
-def model_of(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 1))
-    return model.to(dtype)
+def test_saving_goes_on_beside_training(tmp_path, monkeypatch):
+    """What is saved is the state at the call; one save at a time; the last is complete at the end."""
+    write, running, most, gate = shards.save_file, [], [], threading.Event()
+
+    def slow(*args, **options):
+        running.append(1)
+        most.append(len(running))
+        assert gate.wait(30)
+        write(*args, **options)
+        running.pop()
+
+    monkeypatch.setattr(shards, "save_file", slow)
+    state = state_of(1)
+    with Saver(tmp_path, keep=2) as saver:
+        saver.save(1, state)
+        state["model"]["a.weight"].zero_()  # training goes on
+        assert not (tmp_path / "latest").exists()
+        gate.set()
+        saver.save(2, state)
+    assert most == [1, 1]
+    assert load(tmp_path)[0] == 2
+    (tmp_path / "latest").write_text("step-000001")
+    assert_equal(load(tmp_path)[1], state_of(1))
 
 
-def learn(model, optimizer, steps):
-    """Losses of `steps`; the data depends on the step alone."""
-    losses = []
-    for step in steps:
-        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
-        dtype = next(model.parameters()).dtype
-        loss = (model(x.to(dtype)) - x.sum(1, keepdim=True).to(dtype)).square().mean()
-        loss.backward()
-        optimizer.step(step)
-        losses.append(loss.item())
-    return losses
+@pytest.mark.parametrize("when", ["at the next save", "at the end"])
+def test_a_save_that_failed_is_told(tmp_path, monkeypatch, when):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_goes_on_exactly_after_save_and_load(tmp_path, dtype):
-    model = model_of(dtype)
-    optimizer = Optimizer(model, CONFIG)
-    learn(model, optimizer, range(6))
-    save_checkpoint(tmp_path, 6, {"optimizer": optimizer.state_dict()})
-    rest = learn(model, optimizer, range(6, 12))
-
-    resumed = model_of(dtype)
-    with torch.no_grad():
-        for parameter in resumed.parameters():
-            parameter.fill_(9.0)
-    again = Optimizer(resumed, CONFIG)
-    step, state = load_checkpoint(tmp_path)
-    again.load_state_dict(state["optimizer"])
-    assert learn(resumed, again, range(step, 12)) == rest
-    for left, right in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(left, right)
-    for left, right in zip(optimizer.weights.values(), again.weights.values(), strict=True):
-        assert left.dtype == torch.float32 and torch.equal(left, right)
-        assert optimizer.adamw.state[left]["step"] == again.adamw.state[right]["step"] == 12
-
-
-def trainee(seed):
-    """All that changes while a model trains, after `seed` steps of it."""
-    model, cp = model_of(), ContextParallel(None, block_size=16)
-    optimizer = Optimizer(model, CONFIG)
-    learn(model, optimizer, range(seed))
-    rows = pack([encode(bytes(range(1, 200)))], 40)
-    data = PackedText(rows)
-    for _ in range(seed):
-        cp.shard(next(data))
-    torch.manual_seed(seed)
-    return Trainee(model, cp, optimizer, data)
-
-
-def test_everything_that_changes_while_a_model_trains_is_restored(tmp_path):
-    """Weights, optimizer, planner, position in the data, random numbers."""
-    before, after = trainee(3), trainee(1)
-    state = before.state_dict()
-    save_checkpoint(tmp_path, 3, state)
-    drawn = torch.rand(3)
-    after.load_state_dict(load_checkpoint(tmp_path)[1])
-    assert_equal(after.state_dict(), state)
-    assert torch.equal(torch.rand(3), drawn)
-
-
-def test_small_updates_are_not_lost_in_bfloat16():
-    """Rounded to bfloat16, 1 + 1e-3 is 1: only the fp32 copy can add up such updates."""
-    model = nn.Linear(1, 1, bias=False).bfloat16()
-    nn.init.ones_(model.weight)
-    config = replace(CONFIG, lr=1e-3, warmup=0, weight_decay=0.0)
-    optimizer = Optimizer(model, config)
-    for _ in range(12):
-        model(torch.ones(1, 1).bfloat16()).sum().backward()
-        optimizer.step(0)
-    assert model.weight.item() == pytest.approx(1 - 12e-3, abs=4e-3)
-
-
-def test_weights_of_another_shape_are_refused():
-    saved = Optimizer(nn.Linear(3, 2), CONFIG).state_dict()
-    with pytest.raises(ValueError, match=r"weight has shape \(2, 4\), the saved one \(2, 3\)"):
-        Optimizer(nn.Linear(4, 2), CONFIG).load_state_dict(saved)
-
-
-def test_only_matrices_decay():
-    optimizer = Optimizer(model_of(), CONFIG)
-    for group in optimizer.adamw.param_groups:
-        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
-
-
-def test_learning_rate_warms_up_and_ends_at_a_tenth():
-    rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
-    assert rates[:3] == pytest.approx([CONFIG.lr / 3, CONFIG.lr * 2 / 3, CONFIG.lr])
-    assert rates[3] == pytest.approx(CONFIG.lr)
-    assert rates[-1] == pytest.approx(CONFIG.lr / 10)
-    assert rates[3:] == sorted(rates[3:], reverse=True)
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(CheckpointError, match="step-000001: .*No space left"), Saver(tmp_path, 2) as saver:
+        saver.save(1, state_of(1))
+        if when == "at the next save":
+            saver.save(2, state_of(2))
+    assert not (tmp_path / "latest").exists()
+    assert not list(tmp_path.glob("step-000002*"))

@@ -89,7 +89,8 @@ def test_what_was_not_measured_is_not_shown():
 def test_summary_holds_the_promised_values(tmp_path):
     fill(tmp_path / "metrics.jsonl")
     config = TrainConfig(steps=STEPS, warmup=0)
-    summary = summarize(config, tmp_path / "metrics.jsonl", world_size=2, parameters=10, context=4000.0)
+    metrics = tmp_path / "metrics.jsonl"
+    summary = summarize(config, metrics, world_size=2, parameters=10, context=4000.0, padding=0.25)
     assert summary["loss_first"] == 5.0
     assert summary["loss_last"] == pytest.approx(2.8)  # the last tenth: one step of twelve
     assert summary["dense_loss_last"] == summary["local_loss_last"] == summary["loss_last"]

@@ -1,0 +1,46 @@
+"""What `sparring doctor` finds: one fact of a machine each, whether it is good, and what to do if not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STATUSES = ("ok", "warn", "fail")  # from good to bad
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """name: stable, with dots. status: of STATUSES. detail: what is here. remedy: what to do if not ok."""
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one rank sends in a second while it receives as much. what: "ring hop" or "all-to-all"."""
+
+    what: str
+    bytes: int
+    gigabytes_per_second: float
+
+
+def check(name: str, good: bool, detail: str, remedy: str, otherwise: str = "fail") -> Finding:
+    """A finding that is `otherwise` where it is not good, and then alone has the remedy."""
+    return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, remedy)
+
+
+def worst(findings: list[Finding]) -> str:
+    """The worst status of all."""
+    return max((finding.status for finding in findings), key=STATUSES.index, default="ok")
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest unit of which there is at least one."""
+    for name, unit in (("GiB", GIB), ("MiB", MIB)):
+        if size >= unit:
+            return f"{size / unit:.4g} {name}"
+    return f"{size / 2**10:.4g} KiB"
