@@ -16,6 +16,7 @@ import pool
 import pytest
 import tiny_models
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparring.cp
 import sparring.kernels
@@ -47,11 +48,15 @@ def snippets() -> list[str]:
 
 SMALL = "--device cpu --seq-len 256 --block-size 32 --steps 2 --warmup 0 --layers 1 --width 32 --heads 2 "
 SMALL += "--kv-heads 1 --head-dim 16 --mlp 32 --no-compare --out OUT/run"
+MINE = "sparring train --model DIR --data PATH --out runs/mine"  # makes what other commands go on from
 # Each kind of command and what is added to it here: settings that it documents and that make it short.
-# Capital words are filled in: OUT is an empty folder.
+# Words are filled in: OUT is an empty folder, DIR a model, PATH a text, runs/mine a run.
 COMMANDS = {
     "make train": SMALL,
     "sparring train": SMALL,
+    MINE: "--device cpu --seq-len 256 --block-size 32 --steps 2 --warmup 0 --no-compare --tokenizer bytes",
+    "sparring train --config": "",
+    "sparring export": "",
     "make test": "--collect-only -q",  # as a part of itself it must not run itself
     "make test-full": "",
     "make lint": "",
@@ -105,9 +110,24 @@ def test_every_documented_command_is_of_a_kind_that_runs_here():
 def test_documented_commands_run(command, tmp_path):
     (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 1000)
     shutil.copytree(ROOT / "benchmarks/results/train_131072", tmp_path / "train_131072")
+    tiny_models.build(LlamaForCausalLM, LlamaConfig, vocab_size=260).save_pretrained(tmp_path / "model")
+    if "runs/mine" in command and command != MINE:
+        run(MINE, tmp_path)
+    run(command, tmp_path)
+
+
+def run(command: str, folder: Path) -> None:
+    """Runs it on what is in a folder, where it leaves what it makes."""
     kind = kind_of(command)
-    added = COMMANDS[kind].replace("OUT", str(tmp_path)).split()
-    words = [word.replace("PATH", str(tmp_path / "text.txt")) for word in shlex.split(command)]
+    places = {"PATH": "text.txt", "runs/mine": "mine", "OUT_DIR": "exported", "DIR": "model"}
+
+    def filled(word: str) -> str:
+        for name, place in places.items():
+            word = re.sub(rf"(?<!\w){name}(?!\w)", str(folder / place), word)
+        return word
+
+    added = COMMANDS[kind].replace("OUT", str(folder)).split()
+    words = [filled(word) for word in shlex.split(command)]
     if words[0] == "make":
         settings = [x.removeprefix("ARGS=").split() for x in words[2:]]
         arguments = " ".join([*sum(settings, []), *added])
@@ -116,7 +136,7 @@ def test_documented_commands_run(command, tmp_path):
     elif words[0] == "torchrun":
         words = [sys.executable, "-m", "torch.distributed.run", *words[1:], *added]
     elif words[0] == "sparring":
-        words = [sys.executable, "-m", f"sparring.launch.{words[1]}", *words[2:], *added]
+        words = [sys.executable, "-c", "from sparring.launch.cli import main; main()", *words[1:], *added]
     else:
         words = [sys.executable, *words[1:], *added]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
