@@ -20,10 +20,10 @@ from dataclasses import asdict
 
 import torch
 
-from .doctor_finding import Finding, Rate, worst
+from .doctor_devices import check_devices
+from .doctor_finding import Finding, Rate, made, worst
 from .doctor_group import check_group
-from .doctor_kernels import check_auto, check_kernels
-from .doctor_machine import check_gpus, check_machine
+from .doctor_machine import check_machine
 from .doctor_show import show
 from .doctor_versions import check_versions
 
@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--nproc-per-node", type=_positive(int), help="processes to start; default: its GPUs, 2 without"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--timeout", type=_positive(float), default=60.0, help="seconds of each phase of the processes"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs where there are any"
+    )
+    parser.add_argument(
+        "--timeout", type=_positive(float), default=60.0, help="seconds for each check of the processes"
     )
     options = parser.parse_args(arguments)
     gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
@@ -67,18 +69,15 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 def examine(device: str, processes: int, limit: float) -> tuple[list[Finding], list[Rate]]:
     """All checks on "cpu" or "cuda"; see `check_group` for the other arguments."""
-    found = _made("version", check_versions) + _made("machine", check_machine)
+    found = made("version", check_versions) + made("machine", check_machine)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    devices = [torch.device("cuda", index) for index in range(gpus)] if gpus else [torch.device("cpu")]
-    if device == "cuda":
-        if processes > gpus:
-            remedy = "see version.cuda and version.driver; --nproc-per-node at most the GPUs, or --device cpu"
-            detail = f"{processes} processes need a GPU each, {gpus} here"
-            return [*found, Finding("gpu.count", "fail", detail, remedy)], []
-        found += _made("gpu", check_gpus)
-    for each in devices:
-        found += _made(f"kernel.{each}", check_kernels, each)
-    found += _made("auto", check_auto, devices[0])
+    if device == "cuda" and processes > gpus:
+        remedy = "install a driver and a CUDA build of torch, ask for fewer processes, or use --device cpu"
+        detail = f"{processes} processes need a GPU each, {gpus} here"
+        return [*found, Finding("gpu.count", "fail", detail, remedy)], []
+    _say("devices and kernels, for which compilers may take minutes")
+    found += made("device", check_devices, [f"cuda:{index}" for index in range(gpus)] or ["cpu"])
+    _say(f"{processes} processes that exchange messages")
     rates: list[Rate] = []
 
     def group() -> list[Finding]:
@@ -86,18 +85,13 @@ def examine(device: str, processes: int, limit: float) -> tuple[list[Finding], l
         rates.extend(measured)
         return findings
 
-    return found + _made("group", group), rates
+    return found + made("group", group), rates
 
 
-def _made(name: str, check: Callable[..., list[Finding]], *arguments: object) -> list[Finding]:
-    """What a check found; that it could not be made is a finding too."""
+def _say(what: str) -> None:
+    """To a person who waits."""
     if sys.stderr.isatty():
-        print(f"checking: {name}", file=sys.stderr)
-    try:
-        return check(*arguments)
-    except Exception as error:
-        remedy = "this check could not be made; report it with this output"
-        return [Finding(name, "fail", f"{type(error).__name__}: {error}", remedy)]
+        print(f"checking {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+LONGEST = 400  # characters of an error
 STATUSES = ("ok", "warn", "fail")  # from good to bad
 MIB = 2**20
 GIB = 2**30
@@ -31,6 +33,15 @@ class Rate:
 def check(name: str, good: bool, detail: str, remedy: str, otherwise: str = "fail") -> Finding:
     """A finding that is `otherwise` where it is not good, and then alone has the remedy."""
     return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, remedy)
+
+
+def made(name: str, check: Callable[..., list[Finding]], *arguments: object) -> list[Finding]:
+    """What a check found; that it could not be made is a finding too."""
+    try:
+        return check(*arguments)
+    except Exception as error:  # of any library: what does not work here is what is looked for
+        remedy = "see the error and the findings above; if they explain nothing, report it with this output"
+        return [Finding(name, "fail", f"{type(error).__name__}: {str(error)[:LONGEST]}", remedy)]
 
 
 def worst(findings: list[Finding]) -> str:

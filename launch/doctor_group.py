@@ -6,17 +6,16 @@ Processes start as those of `sparring train` do. Every phase has a limit, in the
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 
 from ..balance import H200
-from .doctor_finding import Finding, Rate, check, size_text
-from .doctor_rank import GRACE, LONGEST, phases, work
+from .doctor_finding import LONGEST, Finding, Rate, check, size_text
+from .doctor_process import GRACE, listen
+from .doctor_rank import phases, work
 
 START = 120.0  # seconds until processes have imported what they need
 SLOW = 0.5  # of the bandwidth that "auto" predicts with
@@ -33,8 +32,6 @@ _MULTICAST = (
     "exchange='pull' sends instead: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 where GPUs have peer access, "
     "and it reads"
 )
-
-
 Work = Callable[[SimpleQueue, str, float], None]
 
 
@@ -54,33 +51,17 @@ def check_group(processes: int, device: str, limit: float) -> tuple[list[Finding
     limit: seconds of each phase; the first that fails or exceeds it is the last finding. Never longer, and
     no process is left.
     """
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    launcher = context.Process(target=launch, args=(work, queue, processes, device, limit))
-    launcher.start()
-    told: list[Told] = []
-    try:
-        end = time.monotonic() + START + (limit + GRACE) * (2 + len(phases(processes)))
-        while launcher.is_alive() and time.monotonic() < end:
-            told += _drain(queue)
-            launcher.join(0.05)
-    finally:
-        launcher.terminate()  # torchrun's handler ends its processes
-        launcher.join(GRACE)
-        launcher.kill()
-        launcher.join()
-        told += _drain(queue)
-        queue.close()
-    return judge(told, processes, device, limit)
+    phase, count = limit + GRACE, 2 + len(phases(processes))
+    told, _ = listen(launch, (work, processes, device, limit), START + count * phase)
+    return judge([Told(*each) for each in told], processes, device, limit)
 
 
-def launch(work: Work, queue: SimpleQueue, processes: int, device: str, limit: float) -> None:
+def launch(queue: SimpleQueue, work: Work, processes: int, device: str, limit: float) -> None:
     """Runs `work` on every rank as `torchrun --standalone` does, in a process of its own, to be ended."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as `sparring train` has it
-    os.dup2(2, 1)  # what NCCL_DEBUG prints does not belong to what the doctor prints
     logging.disable()  # ranks tell what is wrong
     config = LaunchConfig(
         min_nodes=1,
@@ -99,14 +80,10 @@ def launch(work: Work, queue: SimpleQueue, processes: int, device: str, limit: f
                 queue.put((rank, "exit", "failed", f"ended with exit code {failure.exitcode}"))
         raise SystemExit(1) from None
     except Exception as error:
+        text = f"its launcher ended: {' '.join(str(error).split())}"
         for rank in range(processes):
-            queue.put((rank, "exit", "failed", f"its launcher ended: {error}"[:LONGEST]))
+            queue.put((rank, "exit", "failed", text[:LONGEST]))
         raise SystemExit(1) from None
-
-
-def _drain(queue: SimpleQueue) -> Iterator[Told]:
-    while not queue.empty():
-        yield Told(*queue.get())
 
 
 def judge(told: list[Told], processes: int, device: str, limit: float) -> tuple[list[Finding], list[Rate]]:

@@ -92,7 +92,7 @@ def check_clocks(index: int) -> Finding:
         # By name: the first GPU that a process sees need not be the first of the machine.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
         reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    except pynvml.NVMLError as error:
+    except (AttributeError, pynvml.NVMLError) as error:  # the first: of releases that know no reasons
         return Finding(f"gpu.{index}.clocks", "ok", f"not known: {error}")
     heat = pynvml.nvmlClocksEventReasonHwThermalSlowdown | pynvml.nvmlClocksEventReasonSwThermalSlowdown
     power = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown

@@ -22,11 +22,10 @@ from ..cp.mesh import connect
 from ..cp.planning import Planning
 from ..cp.transport import Transport, gone
 from .config import TrainConfig
-from .doctor_finding import MIB, Rate
+from .doctor_finding import LONGEST, MIB, Rate
+from .doctor_process import GRACE
 from .world import YIELD, join_world
 
-GRACE = 5.0  # seconds that an error has to be told, before a process is ended that is stuck
-LONGEST = 400  # characters of an error: a message fits what a pipe takes at once
 RING_SIZES = tuple(2**n for n in range(16, 29, 2))  # bytes, 64 KiB to 256 MiB
 ALL_TO_ALL_SIZE = 64 * MIB  # bytes that each rank has for all
 REPEATS = 3
@@ -43,7 +42,7 @@ def work(queue: SimpleQueue, device: str, limit: float) -> None:
 
     @contextmanager
     def told(phase: str) -> Iterator[Callable[[object], None]]:
-        faulthandler.dump_traceback_later(limit + GRACE, exit=True)
+        faulthandler.dump_traceback_later(limit + GRACE, exit=True)  # errors come first
         queue.put((rank, phase, "begun", None))
         found = []
         try:

@@ -100,14 +100,8 @@ def _check_cuda() -> list[Finding]:
     if torch.version.cuda is not None and torch.distributed.is_nccl_available():
         found.append(Finding("version.nccl", "ok", ".".join(map(str, torch.cuda.nccl.version()))))
     number = re.search(r"\d+\.\d+(\.\d+)?", driver or "")
-    found.append(
-        check(
-            "version.driver",
-            torch.version.cuda is None or torch.cuda.is_available(),
-            f"{number[0] if number else 'version not known'}, torch {'sees' if torch.cuda.is_available() else 'sees no'} "
-            f"GPUs",
-            "install an NVIDIA driver for this build of torch, and give the container its GPUs",
-            "warn",
-        )
-    )
+    sees = torch.cuda.is_available()
+    detail = f"{number[0] if number else 'version not known'}, torch sees {'GPUs' if sees else 'no GPUs'}"
+    remedy = "install an NVIDIA driver for this build of torch, and give the container its GPUs"
+    found.append(check("version.driver", torch.version.cuda is None or sees, detail, remedy, "warn"))
     return found

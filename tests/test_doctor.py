@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import queue
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import uuid
 from types import SimpleNamespace
 
 import doctor_ranks
+import machine
 import pytest
 import torch
 from launched import MARK
@@ -19,12 +22,33 @@ from training import marked
 from sparring.cp import run_threads
 from sparring.cp.transport import Pending
 from sparring.kernels import reference
-from sparring.launch import doctor, doctor_group, doctor_kernels, doctor_machine, doctor_rank, doctor_versions
-from sparring.launch.doctor_finding import Finding, Rate, worst
+from sparring.launch import (
+    doctor,
+    doctor_devices,
+    doctor_group,
+    doctor_machine,
+    doctor_process,
+    doctor_rank,
+    doctor_versions,
+)
+from sparring.launch.doctor_finding import Finding, Rate, made, worst
 from sparring.launch.doctor_group import Told, judge
+from sparring.launch.doctor_kernels import check_kernel
 
 CPU = torch.device("cpu")
 RATES = [Rate("ring hop", 2**16, 0.5), Rate("ring hop", 2**28, 2.0), Rate("all-to-all", 2**25, 1.0)]
+
+
+def on_cpu(devices=("cpu",)):
+    """What the process that checks devices finds, without that process."""
+    told = queue.SimpleQueue()
+    doctor_devices.tell(told, list(devices))
+    return [each for each in (told.get() for _ in range(told.qsize())) if isinstance(each, Finding)]
+
+
+def kernel(dtype=torch.float32):
+    (found,) = made("kernel", check_kernel, "reference", dtype, CPU)
+    return found
 
 
 def by_name(findings):
@@ -41,6 +65,7 @@ def by_name(findings):
 def printed(monkeypatch, capsys, group, *arguments):
     """What the command prints, and its exit code; `group` stands for what processes found."""
     monkeypatch.setattr(doctor, "check_group", lambda *given: group)
+    monkeypatch.setattr(doctor, "check_devices", on_cpu)  # without a process, which has a test of its own
     code = 0
     try:
         doctor.main(["--device", "cpu", *arguments])
@@ -182,10 +207,10 @@ def test_a_wrong_kernel_fails(monkeypatch, broken):
     def wrong(q, k, v, *rest, **options):
         right(q, k, 1.01 * v, *rest, **options)
 
-    assert doctor_kernels.check_kernels(CPU)[0].status == "ok"
+    assert kernel().status == "ok"
     monkeypatch.setattr(reference, broken, wrong)
-    found = doctor_kernels.check_kernels(CPU)[0]
-    assert (found.name, found.status) == ("kernel.cpu.reference.float32", "fail")
+    found = kernel()
+    assert found.status == "fail"
     assert "allowed" in found.detail and "do not train" in found.remedy
 
 
@@ -195,11 +220,26 @@ def test_a_kernel_that_raises_or_gives_nan_fails(monkeypatch):
         lse.zero_()
 
     monkeypatch.setattr(reference, "forward_step", nan)
-    assert "inf of" in doctor_kernels.check_kernels(CPU)[0].detail
+    assert "inf of" in kernel().detail
     monkeypatch.setattr(reference, "forward_step", lambda *given, **options: 1 / 0)
-    found = by_name(doctor_kernels.check_kernels(CPU))
-    assert {finding.status for finding in found.values()} == {"fail"}
-    assert "ZeroDivisionError" in found["kernel.cpu.reference.float32"].detail
+    for dtype in (torch.bfloat16, torch.float32):
+        assert kernel(dtype).status == "fail" and "ZeroDivisionError" in kernel(dtype).detail
+
+
+@pytest.mark.parametrize(
+    ("target", "detail"),
+    [
+        (doctor_ranks.crash, "its process ended with exit code -11"),
+        (doctor_ranks.hang, "not done in 4 s"),
+    ],
+)
+def test_a_kernel_that_crashes_or_hangs_is_named(monkeypatch, capfd, target, detail):
+    monkeypatch.setattr(doctor_devices, "tell", target)
+    monkeypatch.setattr(doctor_devices, "LIMIT", 4.0)
+    monkeypatch.setattr(doctor_process, "GRACE", 0.2)
+    (found,) = doctor_devices.check_devices(["cuda:0"])
+    assert (found.name, found.status, found.detail) == ("kernel.cuda:0.triton.float32", "fail", detail)
+    assert capfd.readouterr().out == ""
 
 
 # -- groups --------------------------------------------------------------------------------------------
@@ -291,19 +331,22 @@ def test_a_process_alone_has_nothing_to_exchange():
 # -- processes -----------------------------------------------------------------------------------------
 
 
-def failing(monkeypatch, work, limit=3.0):
+def failing(monkeypatch, work, limit=8.0):
     """The last finding of two processes that run `work`, of which nothing may be left."""
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
     monkeypatch.setattr(doctor_group, "work", work)
     began = time.monotonic()
     findings, _ = doctor_group.check_group(2, "cpu", limit)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < doctor_group.START
     assert [finding.status for finding in findings[:-1]] == ["ok"] * (len(findings) - 1)
-    assert marked(mark) == []
+    assert (
+        marked(mark, lambda _, line: b"resource_tracker" not in line) == []
+    )  # that one is Python's, for all
     return findings[-1]
 
 
+@pytest.mark.full
 def test_a_rank_that_never_joins_fails_within_its_limit(monkeypatch):
     found = failing(monkeypatch, doctor_ranks.absent, limit=1.0)
     assert (found.name, found.status) == ("group.formed", "fail")
@@ -315,14 +358,14 @@ def test_a_rank_that_never_joins_fails_within_its_limit(monkeypatch):
 def test_ranks_that_are_all_stuck_end_themselves(monkeypatch):
     found = failing(monkeypatch, doctor_ranks.all_stuck)
     assert found.name == "group.exchange"
-    assert "rank 0: not done within 3 s" in found.detail and "rank 1: not done within 3 s" in found.detail
+    assert "rank 0: not done within 8 s" in found.detail and "rank 1: not done within 8 s" in found.detail
 
 
 @pytest.mark.full
 def test_a_rank_that_is_stuck_is_named(monkeypatch):
     found = failing(monkeypatch, doctor_ranks.stuck)
     assert found.name == "group.exchange" and "rank 0: RingTimeoutError" in found.detail
-    assert "rank 1: not done within 3 s" in found.detail
+    assert "rank 1: not done within 8 s" in found.detail
 
 
 @pytest.mark.full
@@ -333,15 +376,20 @@ def test_a_rank_that_is_killed_is_named(monkeypatch):
 
 
 @pytest.mark.full
-def test_the_whole_command_on_this_machine(tmp_path):
-    """It needs none of the extras."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=machine.needs("gpu"))])
+def test_the_whole_command_on_this_machine(device, tmp_path):
+    """It needs none of the extras. Nothing but the object is on its stdout, whatever NCCL says."""
     code = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'rich', 'ray', 'transformers']));"
     code += "from sparring.launch.cli import main; main()"
-    command = [sys.executable, "-c", code, "doctor", "--json", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", code, "doctor", "--json", "--device", device]
+    environment = os.environ | {"NCCL_DEBUG": "INFO"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     found = json.loads(done.stdout)
     names = by_name([Finding(**each) for each in found["findings"]])
-    assert {f"group.{phase}" for phase in ("formed", *doctor_rank.CHECKS)} <= set(names)
-    assert done.returncode == (found["verdict"] == "fail")
-    assert {rate["bytes"] for rate in found["bandwidth"]} >= {2**16, 2**28}
-    assert all(rate["gigabytes_per_second"] > 0 for rate in found["bandwidth"])
+    assert found["verdict"] != "fail" and done.returncode == 0, done.stdout
+    if device == "cuda":
+        assert {"gpu.0", "kernel.cuda:0.triton.float32", "kernel.cuda:0.triton.bfloat16"} <= set(names)
+    if device == "cpu" or torch.cuda.device_count() > 1:
+        assert {f"group.{phase}" for phase in ("formed", *doctor_rank.CHECKS)} <= set(names)
+        assert {rate["bytes"] for rate in found["bandwidth"]} >= {2**16, 2**28}
+        assert all(rate["gigabytes_per_second"] > 0 for rate in found["bandwidth"])

@@ -407,9 +407,9 @@ def test_torchrun_names_the_rank_without_memory(tmp_path):
     assert "rank 0: out of memory; peak " in job.stderr
 
 
-@pytest.mark.parametrize(
-    "number,world", mostly_full([(signal.SIGTERM, 2)], [signal.SIGTERM, signal.SIGINT], [1, 2])
-)
+@pytest.mark.full  # one that saves first is in test_interrupt.py
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_signal_ends_the_job_in_order(number, world, tmp_path):
     """Every rank leaves its groups and exits with 128 + the signal's number; nothing stays behind."""
     options = ["--steps", 10**6, "--warmup", 1, "--seq-len", 256, "--block-size", 32, "--no-compare"]

@@ -53,6 +53,8 @@ def test_a_run_writes_what_it_promises(whole):
         assert summary[name] is not None, name
     assert summary["loss_last"] < summary["loss_first"]
     assert (out / "report.png").stat().st_size > 10_000
+    assert (out / "report.html").stat().st_size > 10_000
+    assert json.loads((out / "environment.json").read_text())["processes"] == 1
     assert (out / "checkpoints" / "latest").read_text().strip() == "step-000006"
     work = list(read_metrics(out / "metrics.jsonl", "work"))
     assert [row["layout"] for row in work if row["chosen"]] == [trace(out)[-1][-1]]
@@ -79,6 +81,7 @@ def test_a_resumed_run_has_the_trace_of_the_uninterrupted_one(whole, text, tmp_p
     assert trace(tmp_path) == trace(whole[0])
 
 
+@pytest.mark.full  # as test_launch.py does with torchrun
 def test_two_ranks_have_the_trace_of_one(whole, text, tmp_path):
     """Dense, so that rounding cannot change what is computed; plans of values are compared elsewhere."""
     config = config_of(tmp_path / "one", text, pattern="dense", save_every=0)
