@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..balance import Decision, Layout
 from ..balance.lever import move_cost
@@ -130,7 +131,8 @@ class Shard:
         elif new:
             pattern = self.cp.pattern_of(layer)
             combine = combine_over(self.link("plan", layer))
-            self.plans[layer] = make_plan(pattern, q, k, v, self.geometry, scale, combine)
+            with record_function("sparring.estimate"):
+                self.plans[layer] = make_plan(pattern, q, k, v, self.geometry, scale, combine)
         plan = self.plans[layer]
         if new and self.pulls:
             link = self.link("needs", layer)

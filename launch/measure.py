@@ -38,6 +38,7 @@ def job_statistics(
     model_tflops, attention_tflops: TFLOP in a second of the step and a rank, of the whole model and of its
     attention alone. peak_memory: GiB of the rank that held most, since the job began. straggler: the rank
     that made the others of its group wait longest, None where none did for long; straggler_wait: seconds.
+    Waiting inside attention counts: not that for weights, which FSDP gathers, nor that for batches.
     """
     pairs, peaks, late, waits = zip(*counts, strict=True)
     attention = sum(pairs) * pair_flops

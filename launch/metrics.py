@@ -50,10 +50,10 @@ class MetricsWriter:
 
 
 def _numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row by name; of a list, one value for each layer, a name with its place."""
+    """The numbers of a row by name; of lists with a value for each layer, a name with its place."""
     found = {}
     for name, value in values.items():
-        parts = {f"/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {"": value}
+        parts = {f"/{i}": x for i, x in enumerate(value)} if kind == "layers" else {"": value}
         for place, part in parts.items():
             if isinstance(part, int | float) and not isinstance(part, bool):
                 found[f"{kind}/{name}{place}"] = part

@@ -101,7 +101,7 @@ def on_own_stream(transport, gpus: int = 2):
 
 
 class SlowLink(Wrapped):
-    """What comes from other nodes takes 4e8 clock cycles longer. flight: before and after, on its stream."""
+    """What comes from other nodes takes 4e8 clock cycles longer. flight: before and after these."""
 
     def __init__(self, inner, device):
         super().__init__(inner)
@@ -114,9 +114,8 @@ class SlowLink(Wrapped):
         self.flight[0].record(stream)
         with torch.cuda.stream(stream):
             torch.cuda._sleep(400_000_000)
-        pending = super().exchange(send, send_to, receive, recv_from, channel)
         self.flight[1].record(stream)
-        return pending
+        return super().exchange(send, send_to, receive, recv_from, channel)
 
 
 class Timed:

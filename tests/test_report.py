@@ -1,4 +1,4 @@
-"""launch/metrics.py, summary.py, report.py, pictures.py: what a run writes down, and what is made of it."""
+"""launch/metrics.py, progress.py, summary.py, report.py, pictures.py: what a run writes down, and shows."""
 
 import json
 
@@ -8,8 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from sparring.launch.config import TrainConfig
-from sparring.launch.metrics import MetricsWriter, ProgressReport, progress_text, read_metrics
+from sparring.launch.metrics import MetricsWriter, read_metrics
 from sparring.launch.pictures import draw_blocks, draw_layouts, draw_work
+from sparring.launch.progress import ProgressReport, number, progress_text
 from sparring.launch.report import main, write_report
 from sparring.launch.summary import summarize
 
@@ -24,7 +25,9 @@ def fill(path, world=2, layers=3, kinds=("train", "dense", "local")):
             row |= {"worker_imbalance": 1.1, "step_imbalance": 1.2, "layout": "zigzag"}
             row |= {"predicted_worker_imbalance": 1.05 if step > 1 else None, "exposed": 0.03}
             row |= {"predicted_step_imbalance": None, "bytes": 3 << 20, "least_bytes": 1 << 20}
-            writer.write(kind, step, **row, tokens_per_second=100.0 + step)
+            row |= {"seconds": 0.5, "tokens_per_second": 100.0 + step, "peak_memory": 1.0 + step}
+            row |= {"model_tflops": 3.0, "attention_tflops": 1.0, "straggler": 1, "straggler_wait": 0.25}
+            writer.write(kind, step, **row)
     for step in range(STEPS):
         imbalance = {"worker_imbalance": [1.2] * layers, "step_imbalance": [1.3] * layers}
         writer.write("layers", step, density=[0.3] * layers, recall=[0.9] * layers, **imbalance)
@@ -78,8 +81,31 @@ def test_progress_is_plain_lines_without_a_terminal(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "5/10", "9/10", "10/10"]
     assert lines[0].endswith("loss 1.0000  density 0.250  zigzag")
+    assert all("zigzag  left 0:0" in line for line in lines[1:-1]) and lines[-1].endswith("zigzag")
     ProgressReport("train", 10, active=False).update(0, {"loss": 1.0})
     assert capsys.readouterr().out == ""
+
+
+def test_progress_is_a_bar_above_all_numbers_on_a_terminal(monkeypatch, capsys):
+    """Numbers that one line does not hold stand on the next."""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "50"}.items():
+        monkeypatch.setenv(name, value)
+    progress = ProgressReport("train", 10)
+    shown = {"loss": 1.25, "tokens_per_second": 1e5, "model_tflops": 312.5, "attention_tflops": 0.0125}
+    progress.update(0, shown | {"density": 0.25, "recall": 0.5, "peak_memory": 77.125, "layout": "zigzag"})
+    progress.close()
+    output = " ".join(capsys.readouterr().out.split())
+    words = ["1/10", "loss 1.2500", "tok/s 100,000", "312.5 TFLOP/s", "0.0125 TFLOP/s", "0.250", "0.500"]
+    assert [word for word in [*words, "77.12 GiB", "zigzag"] if word not in output] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "None"), (True, "True"), (1234567, "1,234,567"), (0.5, "0.5000"), (4e-5, "4e-05"), (0.0, "0")]
+    + [(12345.6, "12,346"), (-0.25, "-0.2500"), ("zigzag", "zigzag")],
+)
+def test_numbers_are_shown_with_the_digits_that_matter(value, text):
+    assert number(value) == text
 
 
 def test_what_was_not_measured_is_not_shown():
@@ -99,6 +125,8 @@ def test_summary_holds_the_promised_values(tmp_path):
     expected = {"steps": STEPS, "seq_len": 8192, "mean_visible_context": 4000.0, "world_size": 2}
     expected |= {"pattern": "vertical-slash", "density": 0.25, "worker_imbalance": 1.1}
     expected |= {"predicted_worker_imbalance": pytest.approx(1.05), "predicted_step_imbalance": None}
+    expected |= {"straggler": 1, "straggler_wait": 0.25, "peak_memory": float(STEPS)}
+    expected |= {"model_tflops": 3.0, "attention_tflops": 1.0}
     expected |= {"bytes": 3 << 20, "least_bytes": 1 << 20, "exposed": pytest.approx(0.03)}
     assert summary.items() >= expected.items()
     assert json.loads(json.dumps(summary)) == summary
@@ -108,9 +136,11 @@ def test_summary_holds_the_promised_values(tmp_path):
 def test_report_is_drawn(tmp_path, world, layers):
     fill(tmp_path / "metrics.jsonl", world, layers)
     (tmp_path / "summary.json").write_text(json.dumps({"pattern": "dense", "density": 1.0}))
-    path = write_report(tmp_path)
+    main([str(tmp_path)])
+    path = tmp_path / "report.png"
     picture = matplotlib.image.imread(path)
-    assert path.name == "report.png" and min(picture.shape[:2]) > 500
+    assert min(picture.shape[:2]) > 500
+    assert len((tmp_path / "report.html").read_bytes()) > path.stat().st_size  # it is in there
     lower = picture[picture.shape[0] * 2 // 3 :, :, :3]
     assert len(np.unique(lower.reshape(-1, 3), axis=0)) > 20  # the heat maps are there
 
