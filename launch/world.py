@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..cp.transport import gone
 from .config import TrainConfig
+from .measure import GIB, peak_bytes
 
 YIELD = 2.0  # seconds
 
@@ -144,8 +144,5 @@ def _processes_by_node(size: int, device: torch.device) -> list[int]:
 
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process held: allocated by torch on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB allocated on {device}"
-    unit = 1 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"peak {peak / 2**30:.2f} GiB resident"
+    where = f"allocated on {device}" if device.type == "cuda" else "resident"
+    return f"peak {peak_bytes(device) / GIB:.2f} GiB {where}"

@@ -151,7 +151,8 @@ def flight_and_steps(transport) -> tuple[float, list[tuple[float, float]]]:
         local = len(geometry.blocks) * size
         q, k, v = (torch.randn(1, h, local, DIM, device=device).bfloat16() for h in (HEADS, *[KV_HEADS] * 2))
         for _ in range(2):  # the first one compiles
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # of all ranks on it: none may have begun
+            transport.swap(None, "control")
             timed, link = Timed(steps("auto", q, size, False)), SlowLink(transport, device)
             forward(q, k, v, bound, Ring(link, schedule, timed, local), DIM**-0.5)
             torch.cuda.synchronize(device)

@@ -57,6 +57,7 @@ COMMANDS = {
     MINE: "--device cpu --seq-len 256 --block-size 32 --steps 2 --warmup 0 --no-compare --tokenizer bytes",
     "sparring train --config": "",
     "sparring export": "",
+    "sparring report": "",
     "sparring doctor": "--device cpu --nproc-per-node 1",
     "make test": "--collect-only -q",  # as a part of itself it must not run itself
     "make test-full": "",
