@@ -38,7 +38,7 @@ train: $(READY)
 		-m sparring.launch.train $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -m "not full" -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests -m "not full" -n 3 --dist loadfile $(ARGS)
 
 test-full: $(READY)
 	$(JOB_ENV) $(PYTHON) benchmarks/proof.py $(ARGS)

@@ -55,7 +55,10 @@ def whole(folder, weights):
     return model
 
 
-@pytest.mark.parametrize("lean", [{}, {"checkpointing": "full", "mlp_tiles": 2}], ids=["", "lean"])
+LEAN = pytest.param({"checkpointing": "full", "mlp_tiles": 2}, id="lean", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("lean", [pytest.param({}, id=""), LEAN])
 def test_a_trained_folder_is_exported_with_its_logits(trained, folder, tmp_path, lean, capsys):
     weights = trained(model=str(folder), tokenizer="bytes", **lean)
     main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
@@ -66,7 +69,7 @@ def test_a_trained_folder_is_exported_with_its_logits(trained, folder, tmp_path,
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_a_model_drawn_by_seed_is_exported_in_the_dtype_of_the_run(trained, tmp_path, dtype):
     weights = trained(dtype=dtype, **DRAWN)
     export(tmp_path / "run", tmp_path / "out")

@@ -41,6 +41,7 @@ def latest(config):
     return (job.checkpoints(config) / "latest").read_text().strip()
 
 
+@pytest.mark.full  # test_checkpoint_sharded.py loads on other numbers of ranks
 def test_a_job_goes_on_on_other_numbers_of_ranks(tmp_path):
     """2 ranks, then 4 of which two groups share the rows of a step, then 1: the losses of one rank."""
     settings = {"pattern": "dense", "steps": 6, "save_every": 100, "resume": True}

@@ -58,6 +58,7 @@ def test_two_ranks_follow_one():
     assert max(abs(a - b) for a, b in zip(losses, alone, strict=True)) <= 1e-4
 
 
+@pytest.mark.full
 def test_plans_barely_move_without_replay():
     """Estimated anew by one rank, at most one tile in a thousand differs over the first steps."""
     plans = train_on_two()[0][1]
