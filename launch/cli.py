@@ -9,6 +9,7 @@ from pathlib import Path
 
 COMMANDS = {
     "train": "train a model on long text: starts its processes by torchrun or Ray",
+    "plan": "predict memory and step time of a training, and the switches that it needs",
     "report": "draw the report of a run again, or compare several",
     "export": "write a checkpoint as a folder that transformers or peft loads",
     "doctor": "check this machine: versions, devices, links, kernels, and what to do",

@@ -105,6 +105,7 @@ TABLE = (
     Need("triton compiled", _compiled, "needs triton, not imported for its interpreter"),
     Need("ruff", _importable("ruff"), "needs ruff: pip install ruff"),
     Need("peft", _importable("peft"), "needs peft: pip install peft"),
+    Need("accelerate", _importable("accelerate"), "needs accelerate: pip install accelerate"),
     Need("pyarrow", _importable("pyarrow"), "needs pyarrow: pip install 'sparring[data]'"),
     Need("datasets", _importable("datasets"), "needs datasets: pip install 'sparring[data]'"),
     Need("ray", _importable("ray"), "needs Ray: pip install 'sparring[ray]'"),

@@ -58,6 +58,7 @@ COMMANDS = {
     "sparring train --config": "",
     "sparring export": "",
     "sparring report": "",
+    "sparring plan": "",
     "sparring doctor": "--device cpu --nproc-per-node 1",
     "make test": "--collect-only -q",  # as a part of itself it must not run itself
     "make test-full": "",

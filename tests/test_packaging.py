@@ -61,7 +61,8 @@ def test_the_wheel_holds_exactly_the_modules_of_the_five_packages(wheel):
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel():
     holding = {path.parent for top in FLOORS for path in (ROOT / top).rglob("*.py")}
-    assert holding == {ROOT / folder for folder in FOLDERS}
+    examples = ROOT / "launch" / "examples"  # for people to copy
+    assert holding == {ROOT / folder for folder in FOLDERS} | {examples}
 
 
 def test_imports_are_light_and_nothing_is_importable_by_its_bare_name(tmp_path):
